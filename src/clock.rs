@@ -1,0 +1,284 @@
+//! Time: a wall clock that never steps back within a process, and the hybrid logical clock that stamps versions.
+//!
+//! Owns the rule that a stamp rises above every stamp of this process and every version that it observed. Does not own the
+//! node id (leased from the store, `store/node.rs`) nor what stands on a key (the tiers). Invariants: [`Clock::now`] never
+//! decreases; two calls of [`Clock::stamp`] never return the same version; stamping ends when the node lease does.
+
+use std::{
+    sync::atomic::{AtomicI64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::time::Instant;
+
+use crate::model::{COUNTER_BITS, NODE_BITS, Timestamp, VERSION_EPOCH_MILLIS, Version};
+
+/// How far ahead of this clock a version may be and still move it: what two gateways may differ by that are each within ten seconds of
+/// the store's clock. One further ahead, as from a machine whose clock is wrong, raises only the stamps of its own key.
+const OBSERVE_AHEAD_MAX: Duration = Duration::from_secs(20);
+
+/// What is kept free of a reservation for stamps that follow an observation at its end: two million, until
+/// the wall clock has caught up.
+const STAMPS_SLACK: i64 = 1_000 << COUNTER_BITS;
+
+/// The node lease ran out: a version stamped now could collide with another gateway's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the node lease has not been renewed in time, so no version can be stamped")]
+pub struct LeaseLapsed;
+
+/// The clock of one gateway process, shared by all of its threads.
+///
+/// The logical part is the one of "Logical Physical Clocks" (Kulkarni et al., 2014), with the counter in the version.
+#[derive(Debug)]
+pub struct Clock {
+    /// The wall clock when the process started; all later readings are this plus monotonic time, so a wall clock that steps
+    /// neither revives an expired record nor repeats a stamp.
+    started_at: Timestamp,
+    started: Instant,
+    node: u16,
+    /// Milliseconds since [`VERSION_EPOCH_MILLIS`] and counter of the highest stamp or observation: a version without its node.
+    last: AtomicI64,
+    /// The same of the highest stamp on a key that stood too far ahead to move the clock. Such keys are few (a machine's clock was
+    /// wrong), and may raise one another.
+    last_ahead: AtomicI64,
+    /// Where `last` began: what is at or below it, an earlier process may have stamped.
+    floor: i64,
+    /// Up to where the store knows that this process may stamp ahead of its wall clock. A later process of this node starts there, so
+    /// that no version is stamped twice, whenever this one dies.
+    reserved: AtomicI64,
+    /// When stamping ends unless the lease is renewed, in milliseconds since the Unix epoch.
+    leased_until: AtomicI64,
+}
+
+impl Clock {
+    /// A clock of a node, above `floor`: what an earlier process of this node reserved, or stamped last.
+    pub fn new(node: u16, floor: Option<Version>) -> Clock {
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_millis();
+        let started_at = Timestamp(i64::try_from(wall).unwrap_or(i64::MAX));
+        let reported = floor.map_or(0, |version| version.get() >> NODE_BITS);
+        let floor = reported.max(logical(started_at));
+        Clock {
+            started_at,
+            started: Instant::now(),
+            node,
+            last: AtomicI64::new(floor),
+            last_ahead: AtomicI64::new(0),
+            floor,
+            reserved: AtomicI64::new(floor),
+            leased_until: AtomicI64::new(i64::MAX),
+        }
+    }
+
+    /// The time, in the wall clock of the process's start.
+    pub fn now(&self) -> Timestamp {
+        self.started_at.after(self.started.elapsed())
+    }
+
+    /// This gateway's node.
+    pub fn node(&self) -> u16 {
+        self.node
+    }
+
+    /// Stamps a write: a version above every earlier stamp, every observed version, and `standing`, what is known to stand on the
+    /// write's key.
+    ///
+    /// # Errors
+    /// [`LeaseLapsed`] once the lease has run out.
+    pub fn stamp(&self, standing: Option<Version>) -> Result<Version, LeaseLapsed> {
+        let now = self.now();
+        if now.0 >= self.leased_until.load(Ordering::Relaxed) {
+            return Err(LeaseLapsed);
+        }
+        if let Some(standing) = standing {
+            self.observe_at(standing, now);
+        }
+        let next = rise(&self.last, logical(now));
+        // A version that was too far ahead to move the clock still has to be passed, on its own key.
+        let above = standing.map_or(0, |version| (version.get() >> NODE_BITS) + 1);
+        Ok(self.version(if next < above {
+            rise(&self.last_ahead, above)
+        } else {
+            next
+        }))
+    }
+
+    /// Whether a version that stands above a stamp of this clock was stamped by it afterwards, and so by a concurrent write. One of an
+    /// earlier process was not; of one that is too far ahead to have moved the clock it cannot be told.
+    pub fn stamped_since(&self, version: Version) -> bool {
+        let logical = version.get() >> NODE_BITS;
+        version.node() == self.node && logical > self.floor && logical <= self.last.load(Ordering::Relaxed)
+    }
+
+    /// Learns of a version that another gateway stamped, or that an earlier process of this one did.
+    pub fn observe(&self, version: Version) {
+        self.observe_at(version, self.now());
+    }
+
+    /// A version to reserve: far enough ahead for what may be observed until the next reservation.
+    pub fn reservation(&self) -> Version {
+        let ahead = logical(self.now().after(OBSERVE_AHEAD_MAX)).max(self.last.load(Ordering::Relaxed));
+        self.version(ahead + STAMPS_SLACK)
+    }
+
+    /// The store knows of a reservation: versions up to it may move the clock.
+    pub fn reserve(&self, reservation: Version) {
+        self.reserved
+            .fetch_max(reservation.get() >> NODE_BITS, Ordering::Relaxed);
+    }
+
+    /// The highest version that was stamped or observed: what must survive a restart.
+    pub fn high_water(&self) -> Option<Version> {
+        let last = self.last.load(Ordering::Relaxed);
+        (last > 0).then(|| self.version(last))
+    }
+
+    /// Whether the lease holds, so that versions can be stamped.
+    pub fn is_leased(&self) -> bool {
+        self.now().0 < self.leased_until.load(Ordering::Relaxed)
+    }
+
+    /// Lets stamping go on until `until`.
+    pub fn lease_until(&self, until: Timestamp) {
+        self.leased_until.store(until.0, Ordering::Relaxed);
+    }
+
+    fn observe_at(&self, version: Version, now: Timestamp) {
+        let observed = version.get() >> NODE_BITS;
+        let reserved = self.reserved.load(Ordering::Relaxed) - STAMPS_SLACK;
+        if observed <= reserved.max(logical(now)) {
+            self.last.fetch_max(observed, Ordering::Relaxed);
+        }
+    }
+
+    fn version(&self, logical: i64) -> Version {
+        // 63 bits hold until 2163; a clock beyond that stamps the highest version for ever, which every tier refuses.
+        let number = (logical.min(i64::MAX >> NODE_BITS) << NODE_BITS) | i64::from(self.node);
+        Version::new(number.max(1)).expect("it is at least one")
+    }
+}
+
+/// Raises a register to `least`, or by one, whichever is more. What it is then, which no other call gets.
+fn rise(register: &AtomicI64, least: i64) -> i64 {
+    let mut last = register.load(Ordering::Relaxed);
+    loop {
+        let next = least.max(last + 1);
+        match register.compare_exchange_weak(last, next, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => return next,
+            Err(seen) => last = seen,
+        }
+    }
+}
+
+/// A time as the upper 53 bits of a version.
+fn logical(time: Timestamp) -> i64 {
+    (time.0 - VERSION_EPOCH_MILLIS).max(0) << COUNTER_BITS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ahead(clock: &Clock, by: Duration) -> Version {
+        Version::new((logical(clock.now().after(by)) << NODE_BITS) | 7).expect("positive")
+    }
+
+    #[test]
+    fn stamps_rise_and_carry_the_node() {
+        let clock = Clock::new(3, None);
+        let stamps: Vec<Version> = (0..10_000).map(|_| clock.stamp(None).expect("leased")).collect();
+        assert!(stamps.windows(2).all(|pair| pair[0] < pair[1]));
+        assert!(stamps.iter().all(|version| version.node() == 3));
+    }
+
+    #[test]
+    fn stamps_of_many_threads_are_distinct() {
+        let clock = Clock::new(0, None);
+        let mut stamps: Vec<Version> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        (0..20_000)
+                            .map(|_| clock.stamp(None).expect("leased"))
+                            .collect::<Vec<_>>()
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .flat_map(|thread| thread.join().expect("no panic"))
+                .collect()
+        });
+        stamps.sort_unstable();
+        assert!(stamps.windows(2).all(|pair| pair[0] < pair[1]));
+    }
+
+    #[test]
+    fn a_restart_stamps_above_its_high_water_mark() {
+        let clock = Clock::new(1, None);
+        let mark = ahead(&clock, Duration::from_secs(3600));
+        let restarted = Clock::new(1, Some(mark));
+        assert!(restarted.stamp(None).expect("leased") > mark);
+    }
+
+    #[test]
+    fn a_version_within_the_reservation_moves_the_clock() {
+        let clock = Clock::new(1, None);
+        let seen = ahead(&clock, OBSERVE_AHEAD_MAX / 2);
+        clock.observe(seen);
+        assert!(clock.stamp(None).expect("leased") < seen, "nothing is reserved yet");
+        clock.reserve(clock.reservation());
+        clock.observe(seen);
+        assert!(clock.stamp(None).expect("leased") > seen);
+    }
+
+    #[test]
+    fn a_process_that_died_never_stamped_beyond_what_the_next_one_starts_at() {
+        let clock = Clock::new(1, None);
+        let reservation = clock.reservation();
+        clock.reserve(reservation);
+        for seconds in 0..60 {
+            clock.observe(ahead(&clock, Duration::from_secs(seconds)));
+        }
+        let unreported = clock.stamp(None).expect("leased");
+        assert!(unreported < reservation);
+        let restarted = Clock::new(1, Some(reservation));
+        assert!(restarted.stamp(None).expect("leased") > unreported);
+        assert!(
+            !restarted.stamped_since(unreported),
+            "not a concurrent write, but one of an earlier process"
+        );
+    }
+
+    #[test]
+    fn a_clock_knows_its_own_stamps() {
+        let clock = Clock::new(1, None);
+        let own = clock.stamp(None).expect("leased");
+        assert!(clock.stamped_since(own));
+        let far = ahead(&clock, Duration::from_secs(3600));
+        let passed = clock.stamp(Some(far)).expect("leased");
+        assert!(!clock.stamped_since(passed) && !clock.stamped_since(far));
+        assert!(!Clock::new(2, None).stamped_since(own));
+    }
+
+    #[test]
+    fn a_version_far_ahead_raises_only_its_own_keys_stamp() {
+        let clock = Clock::new(1, None);
+        let seen = ahead(&clock, Duration::from_secs(3600));
+        let first = clock.stamp(Some(seen)).expect("leased");
+        let second = clock.stamp(Some(seen)).expect("leased");
+        assert!(first > seen && second > first, "two writes, two versions");
+        assert!(clock.stamp(None).expect("leased") < seen);
+    }
+
+    #[test]
+    fn a_lapsed_lease_ends_stamping() {
+        let clock = Clock::new(1, None);
+        clock.lease_until(clock.now());
+        assert_eq!(clock.stamp(None), Err(LeaseLapsed));
+        clock.lease_until(clock.now().after(Duration::from_secs(1)));
+        assert!(clock.stamp(None).is_ok());
+    }
+}

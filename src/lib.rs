@@ -1,0 +1,14 @@
+//! Tidegate: a write-behind caching persistence gateway over gRPC.
+//!
+//! The map, in reading order. A request goes down, an answer comes back by return value, and nothing points up.
+//!
+//! - [`model`], [`clock`], [`error`], [`namespace`], [`settings`], [`backoff`], [`telemetry`]: the vocabulary. All others may
+//!   use them; of I/O they have only the log.
+
+pub mod backoff;
+pub mod clock;
+pub mod error;
+pub mod model;
+pub mod namespace;
+pub mod settings;
+pub mod telemetry;

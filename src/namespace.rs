@@ -1,0 +1,121 @@
+//! What can be set for each namespace, and the table that finds a namespace's settings.
+//!
+//! Owns the settings' meaning and defaults. A namespace needs no declaration: one that is not configured has the defaults.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::settings::{DAY, Unfit};
+
+/// When a write of unspecified mode is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WriteMode {
+    /// Once committed in the store.
+    Through,
+    /// Once accepted; the store is written afterwards.
+    Behind,
+}
+
+/// What a write-behind write does when the queue is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QueueFull {
+    /// Waits for room until the call's deadline.
+    Wait,
+    /// Is refused at once, with the time after which to come back.
+    Reject,
+    /// Is written through: answered once committed in the store.
+    WriteThrough,
+}
+
+/// The settings of one namespace.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NamespaceSettings {
+    /// The mode of writes that do not name one. Default: `through`. `behind` answers sooner and rests on memory alone.
+    pub write_mode: WriteMode,
+    /// How long a write-behind write waits for later writes of its key to join it, before the store is written; not under
+    /// pressure. Default: 0. Longer saves store writes on hot keys and leaves more to lose with the process.
+    #[serde(with = "humantime_serde")]
+    pub write_delay: Duration,
+    /// What a write-behind write does when the queue is full. Default: `wait`.
+    pub queue_full: QueueFull,
+    /// How long a copy in L1 or Redis may answer before the store is asked again, give or take a tenth. Default: 5 minutes.
+    /// Bounds how stale a cached read can be when another replica, or somebody past Tidegate, wrote.
+    #[serde(with = "humantime_serde")]
+    pub cache_lifetime: Duration,
+    /// How long an absence is cached. Default: 5 s. 0 asks the store at every read of an absent key.
+    #[serde(with = "humantime_serde")]
+    pub absence_lifetime: Duration,
+    /// The share of `cache_lifetime` that, when less of it is left, makes a read renew the copy in the background. Default: 0.2;
+    /// 0 turns it off. Higher loads the store more and makes a waiting read rarer.
+    pub refresh_threshold: f64,
+}
+
+impl NamespaceSettings {
+    /// Refuses settings that make no sense.
+    ///
+    /// # Errors
+    /// The field and the reason.
+    pub fn validate(&self) -> Result<(), Unfit> {
+        if !(0.0..=0.9).contains(&self.refresh_threshold) {
+            return Err(Unfit::new("refresh_threshold", "must be from 0 to 0.9"));
+        }
+        if self.write_delay > DAY {
+            return Err(Unfit::new("write_delay", "must be at most a day"));
+        }
+        Ok(())
+    }
+
+    /// How long a copy may answer, before chance is added: shorter where it says that there is no live record.
+    pub fn lifetime_of(&self, live: bool) -> Duration {
+        if live {
+            self.cache_lifetime
+        } else {
+            self.absence_lifetime
+        }
+    }
+}
+
+impl Default for NamespaceSettings {
+    fn default() -> NamespaceSettings {
+        NamespaceSettings {
+            write_mode: WriteMode::Through,
+            write_delay: Duration::ZERO,
+            queue_full: QueueFull::Wait,
+            cache_lifetime: Duration::from_secs(300),
+            absence_lifetime: Duration::from_secs(5),
+            refresh_threshold: 0.2,
+        }
+    }
+}
+
+/// The settings of every namespace.
+#[derive(Debug, Clone, Default)]
+pub struct Namespaces {
+    defaults: Arc<NamespaceSettings>,
+    configured: HashMap<String, Arc<NamespaceSettings>, foldhash::fast::RandomState>,
+}
+
+impl Namespaces {
+    /// A table of the defaults and the namespaces that differ from them.
+    pub fn new(
+        defaults: NamespaceSettings,
+        configured: impl IntoIterator<Item = (String, NamespaceSettings)>,
+    ) -> Namespaces {
+        Namespaces {
+            defaults: Arc::new(defaults),
+            configured: configured
+                .into_iter()
+                .map(|(name, settings)| (name, Arc::new(settings)))
+                .collect(),
+        }
+    }
+
+    /// The settings of a namespace.
+    pub fn get(&self, namespace: &str) -> &NamespaceSettings {
+        self.configured.get(namespace).unwrap_or(&self.defaults)
+    }
+}

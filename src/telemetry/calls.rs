@@ -1,0 +1,280 @@
+//! What the serving threads count: calls by method and code, their latency, and which tier answered reads.
+//!
+//! Each serving thread has counters of its own, summed when they are read, so that counting on the hot path is an add to a
+//! cache line that no other core writes. Owns those counters and their encoding. Latency is that of the handler, from the request's
+//! headers to the answer's: what the network and the client add is not in it.
+
+use std::{
+    array,
+    fmt::Error,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, NoLabelSet},
+    metrics::MetricType,
+    registry::Unit,
+};
+use tonic::Code;
+
+use crate::model::Source;
+
+/// The methods that are counted apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// `tidegate.v1.Gateway/Get`
+    Get,
+    /// `tidegate.v1.Gateway/Put`
+    Put,
+    /// `tidegate.v1.Gateway/Delete`
+    Delete,
+    /// Health checks, reflection, and paths that do not exist.
+    Other,
+}
+
+impl Method {
+    const ALL: [(Method, &str); 4] = [
+        (Method::Get, "Get"),
+        (Method::Put, "Put"),
+        (Method::Delete, "Delete"),
+        (Method::Other, "other"),
+    ];
+}
+
+const SOURCES: [(Source, &str); 4] = [
+    (Source::L1, "l1"),
+    (Source::Pending, "pending"),
+    (Source::L2, "l2"),
+    (Source::Store, "store"),
+];
+
+const CODES: [(Code, &str); 17] = [
+    (Code::Ok, "OK"),
+    (Code::Cancelled, "CANCELLED"),
+    (Code::Unknown, "UNKNOWN"),
+    (Code::InvalidArgument, "INVALID_ARGUMENT"),
+    (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+    (Code::NotFound, "NOT_FOUND"),
+    (Code::AlreadyExists, "ALREADY_EXISTS"),
+    (Code::PermissionDenied, "PERMISSION_DENIED"),
+    (Code::ResourceExhausted, "RESOURCE_EXHAUSTED"),
+    (Code::FailedPrecondition, "FAILED_PRECONDITION"),
+    (Code::Aborted, "ABORTED"),
+    (Code::OutOfRange, "OUT_OF_RANGE"),
+    (Code::Unimplemented, "UNIMPLEMENTED"),
+    (Code::Internal, "INTERNAL"),
+    (Code::Unavailable, "UNAVAILABLE"),
+    (Code::DataLoss, "DATA_LOSS"),
+    (Code::Unauthenticated, "UNAUTHENTICATED"),
+];
+
+/// Latency buckets: the upper bounds double from 32 µs to 8.4 s, and one beyond.
+const BUCKETS: usize = 20;
+const FIRST_BUCKET_MICROS: u64 = 32;
+
+#[derive(Debug)]
+struct MethodCounters {
+    by_code: [AtomicU64; CODES.len()],
+    latency: [AtomicU64; BUCKETS],
+    latency_micros: AtomicU64,
+}
+
+impl Default for MethodCounters {
+    fn default() -> Self {
+        MethodCounters {
+            by_code: array::from_fn(|_| AtomicU64::new(0)),
+            latency: array::from_fn(|_| AtomicU64::new(0)),
+            latency_micros: AtomicU64::new(0),
+        }
+    }
+}
+
+/// The counters of one serving thread. Aligned so that two threads never share a cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ThreadCounters {
+    methods: [MethodCounters; Method::ALL.len()],
+    answered: [AtomicU64; SOURCES.len()],
+    running: AtomicU64,
+}
+
+impl ThreadCounters {
+    /// Counts a call that begins.
+    pub fn begin(&self, method: Method) {
+        if method != Method::Other {
+            self.running.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a call that ends, whether its client is there to hear the answer or not.
+    pub fn end(&self, method: Method) {
+        if method != Method::Other {
+            self.running.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many calls of the gateway's own methods are under way on this thread.
+    pub fn running(&self) -> u64 {
+        self.running.load(Ordering::Relaxed)
+    }
+
+    /// Counts an answered call.
+    pub fn call(&self, method: Method, code: Code, latency: Duration) {
+        let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        let counters = &self.methods[method as usize];
+        counters.by_code[code as usize].fetch_add(1, Ordering::Relaxed);
+        counters.latency[bucket(micros)].fetch_add(1, Ordering::Relaxed);
+        counters.latency_micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    /// Counts a read by the tier that answered it.
+    pub fn answered(&self, source: Source) {
+        self.answered[source as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn bucket(micros: u64) -> usize {
+    let doublings = (micros / FIRST_BUCKET_MICROS).checked_ilog2().map_or(0, |log| log + 1);
+    (doublings as usize).min(BUCKETS - 1)
+}
+
+/// The counters of all serving threads.
+#[derive(Debug, Clone, Default)]
+pub struct CallMetrics {
+    threads: Arc<Mutex<Vec<Arc<ThreadCounters>>>>,
+}
+
+impl CallMetrics {
+    /// Counters for one more thread.
+    pub fn thread(&self) -> Arc<ThreadCounters> {
+        let counters = Arc::new(ThreadCounters::default());
+        self.threads.lock().push(Arc::clone(&counters));
+        counters
+    }
+
+    fn sum(&self, of: impl Fn(&ThreadCounters) -> &AtomicU64) -> u64 {
+        self.threads
+            .lock()
+            .iter()
+            .map(|thread| of(thread).load(Ordering::Relaxed))
+            .sum()
+    }
+
+    fn encode_latency(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let mut family = encoder.encode_descriptor(
+            "call_duration",
+            "Time from a request's headers to its answer's, by method",
+            Some(&Unit::Seconds),
+            MetricType::Histogram,
+        )?;
+        for (method, name) in Method::ALL {
+            let micros = self.sum(|thread| &thread.methods[method as usize].latency_micros);
+            let buckets: Vec<(f64, u64)> = (0..BUCKETS)
+                .map(|index| {
+                    let count = self.sum(|thread| &thread.methods[method as usize].latency[index]);
+                    (upper_bound(index), count)
+                })
+                .collect();
+            let count = buckets.iter().map(|(_, count)| count).sum();
+            family
+                .encode_family(&[("method", name)])?
+                .encode_histogram::<NoLabelSet>(micros as f64 / 1e6, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
+fn upper_bound(index: usize) -> f64 {
+    if index == BUCKETS - 1 {
+        return f64::INFINITY;
+    }
+    (FIRST_BUCKET_MICROS << index) as f64 / 1e6
+}
+
+impl Collector for CallMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let mut calls = encoder.encode_descriptor(
+            "calls",
+            "Calls answered, by method and gRPC code",
+            None,
+            MetricType::Counter,
+        )?;
+        for (method, method_name) in Method::ALL {
+            for (code, code_name) in CODES {
+                let count = self.sum(|thread| &thread.methods[method as usize].by_code[code as usize]);
+                if count > 0 || code == Code::Ok {
+                    calls
+                        .encode_family(&[("method", method_name), ("code", code_name)])?
+                        .encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+                }
+            }
+        }
+        let mut reads = encoder.encode_descriptor(
+            "reads",
+            "Reads answered, by the tier that answered: l1, pending and l2 are hits, store is a miss of all of them",
+            None,
+            MetricType::Counter,
+        )?;
+        for (source, name) in SOURCES {
+            let count = self.sum(|thread| &thread.answered[source as usize]);
+            reads
+                .encode_family(&[("source", name)])?
+                .encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+        }
+        let running = self.sum(|thread| &thread.running);
+        encoder
+            .encode_descriptor("calls_running", "Calls under way", None, MetricType::Gauge)?
+            .encode_gauge(&running)?;
+        self.encode_latency(&mut encoder)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::{encoding::text::encode, registry::Registry};
+
+    use super::*;
+
+    #[test]
+    fn a_bucket_holds_what_is_below_its_bound() {
+        for micros in [0, 31, 32, 63, 64, 1_000, 8_000_000, u64::MAX] {
+            let index = bucket(micros);
+            assert!((micros as f64) / 1e6 < upper_bound(index) || index == BUCKETS - 1);
+            assert!(index == 0 || (micros as f64) / 1e6 >= upper_bound(index - 1));
+        }
+    }
+
+    #[test]
+    fn codes_stand_at_their_own_number() {
+        for (index, (code, _)) in CODES.iter().enumerate() {
+            assert_eq!(*code as usize, index);
+        }
+    }
+
+    #[test]
+    fn threads_are_summed() {
+        let metrics = CallMetrics::default();
+        let (a, b) = (metrics.thread(), metrics.thread());
+        a.call(Method::Get, Code::Ok, Duration::from_micros(40));
+        b.call(Method::Get, Code::Ok, Duration::from_millis(2));
+        b.answered(Source::L2);
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(metrics));
+        let mut text = String::new();
+        encode(&mut text, &registry).expect("a string takes it");
+        assert!(text.contains(r#"calls_total{method="Get",code="OK"} 2"#), "{text}");
+        assert!(text.contains(r#"reads_total{source="l2"} 1"#), "{text}");
+        assert!(
+            text.contains(r#"call_duration_seconds_count{method="Get"} 2"#),
+            "{text}"
+        );
+        let last = r#"call_duration_seconds_bucket{le="+Inf",method="Get"} 2"#;
+        assert!(text.contains(last), "{text}");
+    }
+}

@@ -1,0 +1,312 @@
+//! What the gateway tells about itself: every metric, by name, and the log set-up.
+//!
+//! Owns the metrics' names, help and labels, and their encoding for Prometheus. Does not decide anything. Invariants: no value, no key
+//! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`].
+
+pub mod calls;
+
+use std::{
+    fmt::Write as _,
+    io::{self, IsTerminal},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
+    metrics::{
+        MetricType,
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::telemetry::calls::CallMetrics;
+
+/// Starts logging to standard error: for people on a terminal, JSON lines otherwise.
+///
+/// # Errors
+/// `directives` is not a filter such as `info` or `tidegate=debug,warn`, or logging was started before.
+pub fn start_log(directives: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let registry = tracing_subscriber::registry().with(directives.parse::<EnvFilter>()?);
+    if io::stderr().is_terminal() {
+        registry
+            .with(fmt::layer().with_writer(io::stderr).with_target(false))
+            .try_init()?;
+    } else {
+        let json = fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_target(false)
+            .with_writer(io::stderr);
+        registry.with(json).try_init()?;
+    }
+    Ok(())
+}
+
+/// Checks a filter for [`start_log`].
+///
+/// # Errors
+/// It is none, and why.
+pub fn check_log(directives: &str) -> Result<(), String> {
+    match directives.parse::<EnvFilter>() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!(
+            "must be a level or a filter, such as info or tidegate=debug,warn: {error}"
+        )),
+    }
+}
+
+/// Every metric of the process.
+#[derive(Debug)]
+pub struct Metrics {
+    /// What is scraped.
+    pub registry: Registry,
+    /// What the serving threads count.
+    pub calls: CallMetrics,
+    /// What the caches count.
+    pub cache: CacheMetrics,
+    /// What the queue counts.
+    pub queue: QueueMetrics,
+    /// What the store's users count.
+    pub store: StoreMetrics,
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        let mut registry = Registry::with_prefix("tidegate");
+        let calls = CallMetrics::default();
+        registry.register_collector(Box::new(calls.clone()));
+        Metrics {
+            calls,
+            cache: CacheMetrics::register(&mut registry),
+            queue: QueueMetrics::register(&mut registry),
+            store: StoreMetrics::register(&mut registry),
+            registry,
+        }
+    }
+}
+
+impl Metrics {
+    /// Adds a metric that is read when it is scraped.
+    pub fn gauge(&mut self, name: &'static str, help: &'static str, read: impl Fn() -> f64 + Send + Sync + 'static) {
+        self.registry.register_collector(Box::new(ReadGauge {
+            name,
+            help,
+            read: Box::new(read),
+        }));
+    }
+}
+
+/// A gauge whose value is somebody else's state.
+struct ReadGauge {
+    name: &'static str,
+    help: &'static str,
+    read: Box<dyn Fn() -> f64 + Send + Sync>,
+}
+
+impl std::fmt::Debug for ReadGauge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl Collector for ReadGauge {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        encoder
+            .encode_descriptor(self.name, self.help, None, MetricType::Gauge)?
+            .encode_gauge(&(self.read)())
+    }
+}
+
+/// Which way a batch of writes came to the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CommitPath {
+    /// Callers wait for it.
+    Through,
+    /// The drain of the queue.
+    Behind,
+}
+
+impl EncodeLabelValue for CommitPath {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        encoder.write_str(match self {
+            CommitPath::Through => "through",
+            CommitPath::Behind => "behind",
+        })
+    }
+}
+
+/// The label of metrics by [`CommitPath`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CommitLabels {
+    /// Which way.
+    pub path: CommitPath,
+}
+
+/// What the store's users count.
+#[derive(Debug, Clone)]
+pub struct StoreMetrics {
+    /// How long each commit took.
+    pub commit_duration: Family<CommitLabels, Histogram>,
+    /// How many writes each commit held.
+    pub commit_batch: Family<CommitLabels, Histogram>,
+    /// How long each load query took.
+    pub load_duration: Histogram,
+    /// How many keys each load query held.
+    pub load_batch: Histogram,
+    /// Tries of a commit after a failed one.
+    pub retries: Family<CommitLabels, Counter>,
+    /// Writes that lost to a newer version in the store.
+    pub superseded: Family<CommitLabels, Counter>,
+    /// Writes put in the dead-letter table.
+    pub dead_letters: Counter,
+    /// Tombstones and expired rows collected.
+    pub collected: Counter,
+}
+
+impl StoreMetrics {
+    /// Registers every metric.
+    pub fn register(registry: &mut Registry) -> StoreMetrics {
+        let durations = || Histogram::new(exponential_buckets(0.000_25, 2.0, 17));
+        let sizes = || Histogram::new(exponential_buckets(1.0, 2.0, 14));
+        let metrics = StoreMetrics {
+            commit_duration: Family::new_with_constructor(durations),
+            commit_batch: Family::new_with_constructor(sizes),
+            load_duration: durations(),
+            load_batch: sizes(),
+            retries: Family::default(),
+            superseded: Family::default(),
+            dead_letters: Counter::default(),
+            collected: Counter::default(),
+        };
+        registry.register_with_unit(
+            "store_commit_duration",
+            "Time of a commit in the store, by the way its writes came",
+            Unit::Seconds,
+            metrics.commit_duration.clone(),
+        );
+        registry.register(
+            "store_commit_batch_writes",
+            "Writes of a commit in the store",
+            metrics.commit_batch.clone(),
+        );
+        registry.register_with_unit(
+            "store_load_duration",
+            "Time of a load query",
+            Unit::Seconds,
+            metrics.load_duration.clone(),
+        );
+        registry.register(
+            "store_load_batch_keys",
+            "Keys of a load query",
+            metrics.load_batch.clone(),
+        );
+        registry.register(
+            "store_commit_retries",
+            "Commits tried again after a failure",
+            metrics.retries.clone(),
+        );
+        registry.register(
+            "store_superseded_writes",
+            "Writes that lost to a newer version in the store",
+            metrics.superseded.clone(),
+        );
+        registry.register(
+            "store_dead_letters",
+            "Writes that the store refuses for good, put in the dead-letter table",
+            metrics.dead_letters.clone(),
+        );
+        registry.register(
+            "store_collected_rows",
+            "Tombstones and expired rows deleted after their retention",
+            metrics.collected.clone(),
+        );
+        metrics
+    }
+}
+
+/// What the queue counts.
+#[derive(Debug, Clone, Default)]
+pub struct QueueMetrics {
+    /// Writes accepted into the queue.
+    pub accepted: Counter,
+    /// Accepted writes that replaced an older pending write of their key.
+    pub coalesced: Counter,
+    /// Writes that found the queue full.
+    pub full: Counter,
+}
+
+impl QueueMetrics {
+    /// Registers every metric.
+    pub fn register(registry: &mut Registry) -> QueueMetrics {
+        let metrics = QueueMetrics::default();
+        registry.register(
+            "queue_accepted_writes",
+            "Writes accepted into the queue",
+            metrics.accepted.clone(),
+        );
+        registry.register(
+            "queue_coalesced_writes",
+            "Accepted writes that replaced an older pending write of their key",
+            metrics.coalesced.clone(),
+        );
+        registry.register(
+            "queue_full_writes",
+            "Writes that found the queue full",
+            metrics.full.clone(),
+        );
+        metrics
+    }
+}
+
+/// What the caches count off the hot path. Hits and misses are counted per serving thread.
+#[derive(Debug, Clone, Default)]
+pub struct CacheMetrics {
+    /// Refreshes started before a copy's lifetime ended.
+    pub refreshes: Counter,
+    /// Refreshes not started because as many were running as may.
+    pub refreshes_skipped: Counter,
+    /// Loads that callers shared instead of starting their own.
+    pub loads_joined: Counter,
+    /// Calls to Redis that failed, and so were misses.
+    pub redis_errors: Counter,
+    /// Whether Redis is held to be down, per connection: 1 while it is.
+    pub redis_down: Gauge,
+}
+
+impl CacheMetrics {
+    /// Registers every metric.
+    pub fn register(registry: &mut Registry) -> CacheMetrics {
+        let metrics = CacheMetrics::default();
+        registry.register(
+            "cache_refreshes",
+            "Copies renewed in the background before their lifetime ended",
+            metrics.refreshes.clone(),
+        );
+        registry.register(
+            "cache_refreshes_skipped",
+            "Copies not renewed because as many renewals were running as may",
+            metrics.refreshes_skipped.clone(),
+        );
+        registry.register(
+            "cache_loads_joined",
+            "Reads that shared another read's load",
+            metrics.loads_joined.clone(),
+        );
+        registry.register(
+            "redis_errors",
+            "Calls to Redis that failed and so were misses",
+            metrics.redis_errors.clone(),
+        );
+        registry.register(
+            "redis_connections_down",
+            "Connections to Redis that are held to be down",
+            metrics.redis_down.clone(),
+        );
+        metrics
+    }
+}
