@@ -4,6 +4,7 @@
 //!
 //! - [`model`], [`clock`], [`error`], [`namespace`], [`settings`], [`backoff`], [`telemetry`]: the vocabulary. All others may
 //!   use them; of I/O they have only the log.
+//! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
 
 pub mod backoff;
 pub mod clock;
@@ -11,4 +12,5 @@ pub mod error;
 pub mod model;
 pub mod namespace;
 pub mod settings;
+pub mod store;
 pub mod telemetry;

@@ -1,0 +1,628 @@
+//! A store in memory with scripted faults, for tests.
+//!
+//! Owns a max-register per key behind the same two traits as the real backends, the faults that a test asks for, and a record of
+//! what was called. Does not own durability. Invariants: an entry only moves forward; a commit applies all of its writes or none;
+//! it checks what callers owe (distinct keys, sorted writes, a reset after a call that was cut off) and panics where they fail to.
+//!
+//! What a call does, in order: [`FakeBackend::down`], then the faults queued with [`FakeBackend::inject`], then
+//! [`FakeBackend::script`]; none of them: it takes effect at once. All time is tokio's, so tests may pause it.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    mem,
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    clock::Clock,
+    model::{Entry, Key, Timestamp, Version, Write},
+    store::{
+        Backend, Claimant, Committed, Connection, DeadLetter, NODE_LEASE, NodeGrant, Store, StoreError, StoreErrorKind,
+    },
+};
+
+/// The kinds of calls that faults are scripted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Call {
+    /// [`Connection::load`].
+    Load,
+    /// [`Connection::commit`].
+    Commit,
+    /// [`Connection::probe`].
+    Probe,
+    /// [`Connection::bury`].
+    Bury,
+    /// [`Connection::ping`].
+    Ping,
+    /// [`Connection::lease_node`].
+    LeaseNode,
+    /// [`Connection::renew_node`].
+    RenewNode,
+    /// [`Connection::release_node`].
+    ReleaseNode,
+    /// [`Connection::collect`].
+    Collect,
+}
+
+/// What goes wrong in one call: first what it waits for, then how it ends.
+#[derive(Debug, Clone, Default)]
+pub struct Fault {
+    delay: Duration,
+    hang: Option<Arc<Notify>>,
+    end: End,
+    /// What the reply waits for, once the call has taken effect.
+    late: Option<Arc<Notify>>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+enum End {
+    #[default]
+    Effect,
+    Fail(StoreErrorKind),
+    LoseReply,
+    LandLater,
+}
+
+impl Fault {
+    /// Fails without any effect. `Unknown` is a connection that was lost before the store read the request.
+    pub fn fail(kind: StoreErrorKind) -> Fault {
+        Fault {
+            end: End::Fail(kind),
+            ..Fault::default()
+        }
+    }
+
+    /// Takes effect, and then the reply is lost: `Unknown`.
+    pub fn lose_reply() -> Fault {
+        Fault {
+            end: End::LoseReply,
+            ..Fault::default()
+        }
+    }
+
+    /// A commit whose connection is lost (`Unknown`) while the store works on: it takes effect at [`FakeBackend::land`]. Other
+    /// calls lose their reply.
+    pub fn land_later() -> Fault {
+        Fault {
+            end: End::LandLater,
+            ..Fault::default()
+        }
+    }
+
+    /// Takes effect after a delay.
+    pub fn delay(by: Duration) -> Fault {
+        Fault {
+            delay: by,
+            ..Fault::default()
+        }
+    }
+
+    /// Takes effect once released with `notify_one`; a caller that does not wait for it cuts it off without effect.
+    pub fn hang() -> (Fault, Arc<Notify>) {
+        let released = Arc::new(Notify::new());
+        let fault = Fault {
+            hang: Some(Arc::clone(&released)),
+            ..Fault::default()
+        };
+        (fault, released)
+    }
+
+    /// Takes effect at once; the reply, which tells of the store as it was then, comes once released with `notify_one`.
+    pub fn late_reply() -> (Fault, Arc<Notify>) {
+        let released = Arc::new(Notify::new());
+        let fault = Fault {
+            late: Some(Arc::clone(&released)),
+            ..Fault::default()
+        };
+        (fault, released)
+    }
+
+    /// The same, after a delay.
+    #[must_use]
+    pub fn after(mut self, delay: Duration) -> Fault {
+        self.delay = delay;
+        self
+    }
+}
+
+/// One commit as the store saw it.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// Its keys and versions, in the order of the statement.
+    pub writes: Vec<(Key, Version)>,
+    /// Which connection sent it, counted from 0.
+    pub connection: usize,
+    /// What the caller was told.
+    pub result: Result<(), StoreErrorKind>,
+}
+
+type Script = Box<dyn FnMut(Call) -> Option<Fault> + Send>;
+type Reject = Box<dyn Fn(&Write) -> bool + Send>;
+
+struct Row {
+    entry: Entry,
+    committed_at: Timestamp,
+}
+
+struct Lease {
+    directory: String,
+    start: String,
+    high_water: Option<Version>,
+    /// `None`: released.
+    renewed: Option<Instant>,
+}
+
+struct State {
+    clock: Clock,
+    rows: HashMap<Key, Row>,
+    /// At or above every version that was ever collected.
+    horizon: Option<Version>,
+    /// Every version that ever stood, per key, in order.
+    history: HashMap<Key, Vec<Version>>,
+    /// Commits of [`Fault::land_later`].
+    landing: Vec<Vec<Write>>,
+    dead_letters: Vec<DeadLetter>,
+    leases: BTreeMap<u16, Lease>,
+    nodes_max: u16,
+    down: bool,
+    queued: HashMap<Call, VecDeque<Fault>>,
+    script: Script,
+    reject: Reject,
+    calls: HashMap<Call, usize>,
+    commits: Vec<Batch>,
+    loads: Vec<Vec<Key>>,
+    connections: usize,
+    writers_max: usize,
+}
+
+/// The store in memory. Clones share it.
+#[derive(Clone)]
+pub struct FakeBackend {
+    state: Arc<Mutex<State>>,
+}
+
+impl Default for FakeBackend {
+    fn default() -> FakeBackend {
+        let state = State {
+            clock: Clock::new(0, None),
+            rows: HashMap::new(),
+            horizon: None,
+            history: HashMap::new(),
+            landing: Vec::new(),
+            dead_letters: Vec::new(),
+            leases: BTreeMap::new(),
+            nodes_max: 1023,
+            down: false,
+            queued: HashMap::new(),
+            script: Box::new(|_| None),
+            reject: Box::new(|_| false),
+            calls: HashMap::new(),
+            commits: Vec::new(),
+            loads: Vec::new(),
+            connections: 0,
+            writers_max: 64,
+        };
+        FakeBackend {
+            state: Arc::new(Mutex::new(state)),
+        }
+    }
+}
+
+impl FakeBackend {
+    /// An empty store without faults.
+    pub fn new() -> FakeBackend {
+        FakeBackend::default()
+    }
+
+    /// It as the rest of the gateway has it: a breaker of its own, calls bounded at 10 s.
+    pub fn store(&self) -> Store {
+        Store::new(Arc::new(self.clone()), Arc::default(), Duration::from_secs(10))
+    }
+
+    /// The next call of a kind that no earlier fault is queued for goes wrong so.
+    pub fn inject(&self, call: Call, fault: Fault) {
+        self.state.lock().queued.entry(call).or_default().push_back(fault);
+    }
+
+    /// What goes wrong in calls that no fault is queued for, until another script replaces it.
+    pub fn script(&self, script: impl FnMut(Call) -> Option<Fault> + Send + 'static) {
+        self.state.lock().script = Box::new(script);
+    }
+
+    /// While `true`, every call is `Unreachable`.
+    pub fn down(&self, down: bool) {
+        self.state.lock().down = down;
+    }
+
+    /// Which writes are poison: a commit that holds one is `Rejected`.
+    pub fn reject(&self, reject: impl Fn(&Write) -> bool + Send + 'static) {
+        self.state.lock().reject = Box::new(reject);
+    }
+
+    /// How many connections can commit at once with profit. 64 unless set.
+    pub fn set_writers_max(&self, writers: usize) {
+        self.state.lock().writers_max = writers;
+    }
+
+    /// How many node ids there are. 1,023 unless set.
+    pub fn set_nodes_max(&self, nodes: u16) {
+        self.state.lock().nodes_max = nodes;
+    }
+
+    /// Lets the commits of [`Fault::land_later`] take effect now.
+    pub fn land(&self) {
+        let mut state = self.state.lock();
+        for writes in mem::take(&mut state.landing) {
+            state.apply(&writes);
+        }
+    }
+
+    /// Writes past any connection, as another gateway would.
+    pub fn put(&self, write: Write) {
+        self.state.lock().apply(std::slice::from_ref(&write));
+    }
+
+    /// The entry that stands on a key.
+    pub fn entry(&self, key: &Key) -> Option<Entry> {
+        self.state.lock().rows.get(key).map(|row| row.entry.clone())
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.state.lock().rows.len()
+    }
+
+    /// Raises the horizon, as another gateway's collection would.
+    pub fn raise_horizon(&self, horizon: Version) {
+        let mut state = self.state.lock();
+        state.horizon = state.horizon.max(Some(horizon));
+    }
+
+    /// The horizon.
+    pub fn horizon(&self) -> Option<Version> {
+        self.state.lock().horizon
+    }
+
+    /// Every version that ever stood on a key, in order.
+    pub fn history(&self, key: &Key) -> Vec<Version> {
+        self.state.lock().history.get(key).cloned().unwrap_or_default()
+    }
+
+    /// The dead-letter table, in the order of burial.
+    pub fn dead_letters(&self) -> Vec<DeadLetter> {
+        self.state.lock().dead_letters.clone()
+    }
+
+    /// How many calls of a kind were begun.
+    pub fn calls(&self, call: Call) -> usize {
+        self.state.lock().calls.get(&call).copied().unwrap_or_default()
+    }
+
+    /// Every commit that reached its end, in order; one that was cut off is not among them.
+    pub fn commits(&self) -> Vec<Batch> {
+        self.state.lock().commits.clone()
+    }
+
+    /// The keys of every load that was begun, in order.
+    pub fn loads(&self) -> Vec<Vec<Key>> {
+        self.state.lock().loads.clone()
+    }
+
+    /// The high-water mark that a node's holders reported last.
+    pub fn node_high_water(&self, node: u16) -> Option<Version> {
+        self.state.lock().leases.get(&node).and_then(|lease| lease.high_water)
+    }
+
+    /// Whether somebody holds a node.
+    pub fn node_is_leased(&self, node: u16) -> bool {
+        self.state.lock().leases.get(&node).is_some_and(Lease::is_held)
+    }
+}
+
+impl Backend for FakeBackend {
+    fn writers_max(&self) -> usize {
+        self.state.lock().writers_max
+    }
+
+    fn connection(&self) -> Box<dyn Connection> {
+        let mut state = self.state.lock();
+        let number = state.connections;
+        state.connections += 1;
+        Box::new(FakeConnection {
+            state: Arc::clone(&self.state),
+            number,
+            in_call: false,
+        })
+    }
+}
+
+impl Lease {
+    fn is_held(&self) -> bool {
+        self.renewed.is_some_and(|renewed| renewed.elapsed() < NODE_LEASE)
+    }
+
+    fn belongs_to(&self, claimant: &Claimant) -> bool {
+        self.renewed.is_some() && self.directory == claimant.directory && self.start == claimant.start
+    }
+}
+
+impl State {
+    fn fault(&mut self, call: Call) -> Fault {
+        *self.calls.entry(call).or_default() += 1;
+        if self.down {
+            return Fault::fail(StoreErrorKind::Unreachable);
+        }
+        let queued = self.queued.get_mut(&call).and_then(VecDeque::pop_front);
+        queued.or_else(|| (self.script)(call)).unwrap_or_default()
+    }
+
+    fn apply(&mut self, writes: &[Write]) -> Vec<Committed> {
+        let committed_at = self.clock.now();
+        let mut results = Vec::with_capacity(writes.len());
+        for Write { key, entry } in writes {
+            let standing = self.rows.get(key).map(|row| row.entry.version);
+            results.push(match (standing, self.horizon) {
+                (Some(standing), _) if standing > entry.version => Committed::Superseded { standing },
+                (Some(standing), _) if standing == entry.version => Committed::Applied,
+                (None, Some(horizon)) if entry.version <= horizon => Committed::BelowHorizon { horizon },
+                _ => {
+                    let entry = entry.clone();
+                    self.history.entry(key.clone()).or_default().push(entry.version);
+                    self.rows.insert(key.clone(), Row { entry, committed_at });
+                    Committed::Applied
+                }
+            });
+        }
+        results
+    }
+
+    fn lease(&mut self, claimant: &Claimant) -> Result<NodeGrant, StoreError> {
+        let own = |lease: &Lease| lease.directory == claimant.directory;
+        let free = |node: &u16| self.leases.get(node).is_none_or(|lease| !lease.is_held());
+        let node = self.leases.iter().find(|(_, lease)| own(lease)).map(|(node, _)| *node);
+        let node = node.or_else(|| (1..=self.nodes_max).find(free));
+        let Some(node) = node else {
+            return Err(StoreError::new(StoreErrorKind::Rejected, "every node id is leased"));
+        };
+        let high_water = self.leases.get(&node).and_then(|lease| lease.high_water);
+        let lease = Lease {
+            directory: claimant.directory.clone(),
+            start: claimant.start.clone(),
+            high_water,
+            renewed: Some(Instant::now()),
+        };
+        self.leases.insert(node, lease);
+        Ok(NodeGrant { node, high_water })
+    }
+
+    fn renew(&mut self, claimant: &Claimant, node: u16, high_water: Option<Version>, renewed: Option<Instant>) -> bool {
+        match self.leases.get_mut(&node) {
+            Some(lease) if lease.belongs_to(claimant) => {
+                lease.high_water = lease.high_water.max(high_water);
+                lease.renewed = renewed;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn collect(&mut self, retention: Duration, rows_max: u32) -> u64 {
+        let now = self.clock.now();
+        let old = |row: &Row| {
+            let ended = row
+                .entry
+                .expires_at
+                .map_or(row.committed_at, |at| at.max(row.committed_at));
+            let latest = ended.max(row.entry.version.stamped_at());
+            !row.entry.is_live(now) && latest.after(retention) < now
+        };
+        let due: Vec<(Key, Version)> = self
+            .rows
+            .iter()
+            .filter(|(_, row)| old(row))
+            .map(|(key, row)| (key.clone(), row.entry.version))
+            .take(rows_max as usize)
+            .collect();
+        self.horizon = self.horizon.max(due.iter().map(|(_, version)| *version).max());
+        for (key, _) in &due {
+            self.rows.remove(key);
+        }
+        due.len() as u64
+    }
+}
+
+struct FakeConnection {
+    state: Arc<Mutex<State>>,
+    number: usize,
+    /// Set while a call runs, so it stands after one that was cut off.
+    in_call: bool,
+}
+
+impl FakeConnection {
+    /// One call: its fault, and its effect where the fault leaves it one.
+    async fn call<T>(
+        &mut self,
+        call: Call,
+        effect: impl FnOnce(&mut State) -> Result<T, StoreError> + Send,
+    ) -> Result<T, StoreError> {
+        let (end, late) = self.begin(call).await;
+        let result = match end {
+            End::Effect => effect(&mut self.state.lock()),
+            End::Fail(kind) => Err(StoreError::new(kind, "scripted fault")),
+            End::LoseReply | End::LandLater => {
+                let _unheard = effect(&mut self.state.lock());
+                Err(lost_reply())
+            }
+        };
+        replied(late).await;
+        self.in_call = false;
+        result
+    }
+
+    async fn begin(&mut self, call: Call) -> (End, Option<Arc<Notify>>) {
+        assert!(
+            !self.in_call,
+            "a connection was used after a call that was cut off, without a reset"
+        );
+        self.in_call = true;
+        let fault = self.state.lock().fault(call);
+        if !fault.delay.is_zero() {
+            sleep(fault.delay).await;
+        }
+        if let Some(released) = fault.hang {
+            released.notified().await;
+        }
+        (fault.end, fault.late)
+    }
+
+    /// What a commit does to the store, and what its caller is to be told.
+    fn apply(&self, writes: &[Write], end: End) -> Result<Vec<Committed>, StoreError> {
+        let state = &mut *self.state.lock();
+        let poison = writes.iter().any(|write| (state.reject)(write));
+        let result = match end {
+            End::Fail(kind) => Err(StoreError::new(kind, "scripted fault")),
+            End::LandLater => {
+                if !poison {
+                    state.landing.push(writes.to_vec());
+                }
+                Err(lost_reply())
+            }
+            End::Effect if poison => Err(StoreError::new(StoreErrorKind::Rejected, "scripted refusal")),
+            End::LoseReply if poison => Err(lost_reply()),
+            End::Effect => Ok(state.apply(writes)),
+            End::LoseReply => {
+                state.apply(writes);
+                Err(lost_reply())
+            }
+        };
+        state.commits.push(Batch {
+            writes: writes
+                .iter()
+                .map(|write| (write.key.clone(), write.entry.version))
+                .collect(),
+            connection: self.number,
+            result: result.as_ref().map(|_| ()).map_err(|error| error.kind),
+        });
+        result
+    }
+}
+
+/// Waits until a late reply is released.
+async fn replied(late: Option<Arc<Notify>>) {
+    if let Some(released) = late {
+        released.notified().await;
+    }
+}
+
+/// Waits until something holds.
+///
+/// # Panics
+/// When it does not within a minute of tokio's time.
+pub async fn eventually(what: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !what() {
+        assert!(Instant::now() < deadline, "it never came to be");
+        sleep(Duration::from_millis(1)).await;
+    }
+}
+
+fn lost_reply() -> StoreError {
+    StoreError::new(StoreErrorKind::Unknown, "scripted loss of the reply")
+}
+
+#[async_trait]
+impl Connection for FakeConnection {
+    async fn load(&mut self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        let mut distinct = keys.to_vec();
+        distinct.sort_unstable();
+        assert!(
+            distinct.windows(2).all(|pair| pair[0] < pair[1]),
+            "a key was loaded twice"
+        );
+        self.state.lock().loads.push(keys.to_vec());
+        self.call(Call::Load, |state| {
+            let entry = |key| state.rows.get(key).map(|row| row.entry.clone());
+            Ok(keys.iter().map(entry).collect())
+        })
+        .await
+    }
+
+    async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
+        assert!(
+            writes.windows(2).all(|pair| pair[0].key < pair[1].key),
+            "the writes of a commit are not sorted by distinct keys"
+        );
+        let (end, late) = self.begin(Call::Commit).await;
+        let result = self.apply(writes, end);
+        replied(late).await;
+        self.in_call = false;
+        result
+    }
+
+    async fn probe(&mut self) -> Result<(), StoreError> {
+        self.call(Call::Probe, |_| Ok(())).await
+    }
+
+    async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
+        self.call(Call::Bury, |state| {
+            let same = |held: &DeadLetter| {
+                held.write.key == letter.write.key && held.write.entry.version == letter.write.entry.version
+            };
+            if !state.dead_letters.iter().any(same) {
+                state.dead_letters.push(letter.clone());
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn ping(&mut self) -> Result<(), StoreError> {
+        self.call(Call::Ping, |_| Ok(())).await
+    }
+
+    async fn lease_node(&mut self, claimant: &Claimant) -> Result<NodeGrant, StoreError> {
+        self.call(Call::LeaseNode, |state| state.lease(claimant)).await
+    }
+
+    async fn renew_node(
+        &mut self,
+        claimant: &Claimant,
+        node: u16,
+        high_water: Option<Version>,
+    ) -> Result<bool, StoreError> {
+        self.call(Call::RenewNode, |state| {
+            Ok(state.renew(claimant, node, high_water, Some(Instant::now())))
+        })
+        .await
+    }
+
+    async fn release_node(
+        &mut self,
+        claimant: &Claimant,
+        node: u16,
+        high_water: Option<Version>,
+    ) -> Result<(), StoreError> {
+        self.call(Call::ReleaseNode, |state| {
+            state.renew(claimant, node, high_water, None);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError> {
+        self.call(Call::Collect, |state| Ok(state.collect(retention, rows_max)))
+            .await
+    }
+
+    fn reset(&mut self) {
+        self.in_call = false;
+    }
+}

@@ -1,0 +1,391 @@
+//! The store: where records live for good.
+//!
+//! Owns the seam to a database: the [`Backend`] and [`Connection`] traits, what their errors mean, and [`Session`], the guarded
+//! connection that everything else uses. Does not own caching, queueing or retrying a write (its callers do). Invariants: a
+//! store is a max-register per key, so a commit may be repeated; an error of a commit says whether it may have taken effect; a
+//! key whose row was collected stays absent for every version at or below the horizon, so what was deleted never comes back.
+//!
+//! In reading order: this file, [`commit`] (write-through shares commits), [`load`] (misses share queries), [`watch`] (whether the
+//! store answers), [`node`] (the lease of a node id), [`collect`] (old tombstones), then the backends.
+
+pub mod breaker;
+pub mod collect;
+pub mod commit;
+mod config;
+#[cfg(test)]
+pub mod fake;
+mod gather;
+pub mod load;
+pub mod node;
+pub mod postgres;
+pub mod sqlite;
+mod verdict;
+pub mod watch;
+
+pub use config::Config;
+
+use std::{error, fmt, future::Future, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use tokio::time::timeout;
+
+use crate::{
+    model::{Entry, Key, Version, Write},
+    store::breaker::Breaker,
+};
+
+/// What the store did with one write of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Committed {
+    /// The store holds the write: now, or already from an earlier try (the same version stands).
+    Applied,
+    /// The store neither wrote it nor holds anything of its key that explains why: a trigger or a rule swallowed the row, or somebody
+    /// deleted what it lost to.
+    Skipped,
+    /// The store holds something newer, and left it.
+    Superseded {
+        /// The version that stands.
+        standing: Version,
+    },
+    /// The store has no row for the key, and what once stood there may have been newer: the write is not taken, now or ever. Any
+    /// version above the horizon is.
+    BelowHorizon {
+        /// At or above the versions of all rows that were ever collected.
+        horizon: Version,
+    },
+}
+
+/// What a failure of the store means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StoreErrorKind {
+    /// Nothing was sent: no connection could be made, or the breaker is open.
+    Unreachable,
+    /// The store refused or rolled back, for a reason that will pass: a deadlock, a full disk, a read-only standby, a missing
+    /// table. Nothing was applied. The same call may succeed later.
+    Transient,
+    /// The connection was lost, or time ran out, after something was sent: a commit may have taken effect.
+    Unknown,
+    /// A row is refused for what it holds: it will be refused again. Nothing of the statement was applied.
+    Rejected,
+}
+
+/// A failure of the store. Its text holds no row and no credential.
+#[derive(Debug, Clone)]
+pub struct StoreError {
+    /// What it means.
+    pub kind: StoreErrorKind,
+    /// The SQLSTATE, or SQLite's result code as text.
+    pub code: Option<String>,
+    /// The store's primary message: no detail, no hint, for those quote rows.
+    pub message: String,
+}
+
+impl StoreError {
+    /// A failure without a code of the store.
+    pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> StoreError {
+        StoreError {
+            kind,
+            code: None,
+            message: message.into(),
+        }
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.code {
+            Some(code) => write!(f, "{} code={code}", self.message),
+            None => f.write_str(&self.message),
+        }
+    }
+}
+
+impl error::Error for StoreError {}
+
+/// A write that the store refuses for good, as the dead-letter table keeps it.
+#[derive(Debug, Clone)]
+pub struct DeadLetter {
+    /// The refused write, under its own version.
+    pub write: Write,
+    /// The store's code for the refusal, or [`DeadLetter::BELOW_HORIZON`].
+    pub code: Option<String>,
+    /// The store's message.
+    pub reason: String,
+}
+
+/// The longest reason that the dead-letter table keeps, in characters.
+const REASON_CHARS_MAX: usize = 1_000;
+
+impl DeadLetter {
+    /// The code of a write that came too late. Like a SQLSTATE, of a class that no server uses.
+    pub const BELOW_HORIZON: &str = "TG001";
+
+    /// A write that the store answered with [`Committed::BelowHorizon`].
+    pub fn below_horizon(write: Write, horizon: Version) -> DeadLetter {
+        DeadLetter {
+            write,
+            code: Some(DeadLetter::BELOW_HORIZON.to_owned()),
+            reason: format!(
+                "the write came later than the retention of deleted records allows: its key has no row, and its version is not above \
+                 the horizon {}, so it might bring back what was deleted after it",
+                horizon.get()
+            ),
+        }
+    }
+
+    /// The reason as the table can keep it: bounded, and without NUL, the one character that PostgreSQL's text does not hold.
+    fn kept_reason(&self) -> String {
+        let characters = self.reason.chars().filter(|c| *c != '\0');
+        characters.take(REASON_CHARS_MAX).collect()
+    }
+}
+
+/// Who asks for a node id.
+#[derive(Debug, Clone)]
+pub struct Claimant {
+    /// A random mark kept with the data directory: a restart gets its node back.
+    pub directory: String,
+    /// A random mark of this start: an earlier process that still lives loses the lease to a later one.
+    pub start: String,
+}
+
+/// A node id, leased to one process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeGrant {
+    /// The id: 0 where the store serves a single gateway, else 1 to 1,023.
+    pub node: u16,
+    /// The highest version that this id's earlier holders reported. The clock must start above it.
+    pub high_water: Option<Version>,
+}
+
+/// How long a lease of a node id lasts beyond its last renewal, before another gateway may take it.
+pub const NODE_LEASE: Duration = Duration::from_secs(24 * 3600);
+
+/// Checks a store's URL, without I/O but for `~/.pgpass`.
+///
+/// # Errors
+/// [`StoreErrorKind::Rejected`], saying what is wrong and nothing that the URL holds.
+pub fn check_url(url: &str) -> Result<(), StoreError> {
+    if url.starts_with("sqlite:") {
+        sqlite::check_url(url)
+    } else if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+        postgres::Postgres::new(url, Duration::from_secs(1)).map(drop)
+    } else {
+        let message = "the store's URL must begin with postgres:// or sqlite://";
+        Err(StoreError::new(StoreErrorKind::Rejected, message))
+    }
+}
+
+/// A kind of database.
+pub trait Backend: Send + Sync + 'static {
+    /// How many connections can commit at once with profit: one where the database has a single writer.
+    fn writers_max(&self) -> usize;
+
+    /// A connection of its own. Does no I/O: the first call connects, and so does the first call after the connection broke.
+    fn connection(&self) -> Box<dyn Connection>;
+}
+
+/// One connection to the database. Calls are not cancel-safe: a call whose future was dropped leaves the connection unusable
+/// until [`Connection::reset`].
+#[async_trait]
+pub trait Connection: Send {
+    /// The entries of keys, tombstones included, in the order of `keys`; `None` for a key without a row. Keys are distinct.
+    /// Sees every commit that was answered before the call.
+    async fn load(&mut self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError>;
+
+    /// Applies writes in one transaction: all of them, each unless the store holds something newer or may have collected it, or (on an
+    /// error) none. Keys are distinct and sorted. What happened to each, in the order of `writes`.
+    async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError>;
+
+    /// Writes a harmless row to the table of entries and takes it back: an error means that the table refuses every row.
+    async fn probe(&mut self) -> Result<(), StoreError>;
+
+    /// Keeps a refused write in the dead-letter table. Repeating it keeps it once.
+    async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError>;
+
+    /// Asks whether the database answers.
+    async fn ping(&mut self) -> Result<(), StoreError>;
+
+    /// Leases a node id: the one that the claimant's directory had, else a free one.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Rejected`] when none is free.
+    async fn lease_node(&mut self, claimant: &Claimant) -> Result<NodeGrant, StoreError>;
+
+    /// Renews the lease and reports the clock's high-water mark. `false`: the lease is lost, somebody else has the node.
+    async fn renew_node(
+        &mut self,
+        claimant: &Claimant,
+        node: u16,
+        high_water: Option<Version>,
+    ) -> Result<bool, StoreError>;
+
+    /// Gives the lease back, with the final high-water mark.
+    async fn release_node(
+        &mut self,
+        claimant: &Claimant,
+        node: u16,
+        high_water: Option<Version>,
+    ) -> Result<(), StoreError>;
+
+    /// Deletes up to `rows_max` tombstones and expired rows of which all is before `now - retention` by the store's clock: expiry, commit
+    /// and stamp. How many it deleted. First it raises the horizon to their highest version, and waits until no commit runs that may
+    /// have begun without seeing that. Two that collect at once do not disturb each other.
+    ///
+    /// Cut off or failed, it may leave the horizon raised and rows in place, which the next one finds.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Transient`], too, when a commit from before goes on for longer than the wait's bound.
+    async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError>;
+
+    /// Drops the connection: the next call connects anew.
+    fn reset(&mut self);
+}
+
+/// The store as the rest of the gateway has it: a backend, and one breaker for all sessions.
+#[derive(Clone)]
+pub struct Store {
+    backend: Arc<dyn Backend>,
+    breaker: Arc<Breaker>,
+    call_timeout: Duration,
+}
+
+impl Store {
+    /// A store over a backend. `call_timeout` bounds each call of each session, connecting included.
+    pub fn new(backend: Arc<dyn Backend>, breaker: Arc<Breaker>, call_timeout: Duration) -> Store {
+        Store {
+            backend,
+            breaker,
+            call_timeout,
+        }
+    }
+
+    /// How many sessions can commit at once with profit.
+    pub fn writers_max(&self) -> usize {
+        self.backend.writers_max()
+    }
+
+    /// Whether the store is held to be down: callers that can fail fast should.
+    pub fn breaker(&self) -> &Breaker {
+        &self.breaker
+    }
+
+    /// A session with a connection of its own; connects when first used.
+    pub fn session(&self) -> Session {
+        self.session_within(self.call_timeout)
+    }
+
+    /// The same, with another bound on each call.
+    pub fn session_within(&self, call_timeout: Duration) -> Session {
+        Session {
+            connection: self.backend.connection(),
+            breaker: Arc::clone(&self.breaker),
+            call_timeout,
+        }
+    }
+}
+
+/// A connection whose calls are bounded in time and known to the breaker. Owned by one task.
+pub struct Session {
+    connection: Box<dyn Connection>,
+    breaker: Arc<Breaker>,
+    call_timeout: Duration,
+}
+
+impl Session {
+    /// [`Connection::load`].
+    pub async fn load(&mut self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
+        let call = self.connection.load(keys);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::commit`].
+    pub async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
+        let call = self.connection.commit(writes);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::probe`].
+    pub async fn probe(&mut self) -> Result<(), StoreError> {
+        let call = self.connection.probe();
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::bury`].
+    pub async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
+        let call = self.connection.bury(letter);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::ping`].
+    pub async fn ping(&mut self) -> Result<(), StoreError> {
+        let call = self.connection.ping();
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::lease_node`].
+    pub async fn lease_node(&mut self, claimant: &Claimant) -> Result<NodeGrant, StoreError> {
+        let call = self.connection.lease_node(claimant);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::renew_node`].
+    pub async fn renew_node(
+        &mut self,
+        claimant: &Claimant,
+        node: u16,
+        high_water: Option<Version>,
+    ) -> Result<bool, StoreError> {
+        let call = self.connection.renew_node(claimant, node, high_water);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::release_node`].
+    pub async fn release_node(
+        &mut self,
+        claimant: &Claimant,
+        node: u16,
+        high_water: Option<Version>,
+    ) -> Result<(), StoreError> {
+        let call = self.connection.release_node(claimant, node, high_water);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::collect`].
+    pub async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError> {
+        let call = self.connection.collect(retention, rows_max);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// Tells the breaker, and drops a connection that a cut-off call left in the middle of something.
+    fn note<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        match &result {
+            Ok(_) => self.breaker.succeeded(),
+            Err(error) => {
+                if error.kind == StoreErrorKind::Unknown {
+                    self.connection.reset();
+                }
+                self.breaker.failed(error.kind);
+            }
+        }
+        result
+    }
+}
+
+async fn bounded<T>(limit: Duration, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    timeout(limit, call).await.unwrap_or_else(|_| {
+        Err(StoreError::new(
+            StoreErrorKind::Unknown,
+            "the store did not answer in time",
+        ))
+    })
+}

@@ -1,0 +1,111 @@
+//! The SQL for PostgreSQL.
+//!
+//! Owns the texts, each constant, so that a session prepares it once. Does not own how they are called ([`super::connection`]). Invariants:
+//! rows of the entries are reached by their primary key or by the index for collection; only the upsert moves one, and only forward.
+
+/// The entries of keys, each with its place in the question.
+pub(super) const LOAD: &str = "
+    select wanted.position, e.version, e.value, e.expires_at
+      from unnest($1::text[], $2::text[]) with ordinality as wanted (namespace, key, position)
+      join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key";
+
+/// What stands on keys, the same way.
+pub(super) const STANDING: &str = "
+    select wanted.position, e.version
+      from unnest($1::text[], $2::text[]) with ordinality as wanted (namespace, key, position)
+      join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key";
+
+/// The horizon: see [`super::collect`].
+pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where id = 1";
+
+/// The one rule. `now()` is when the statement began, which is before its commit by at most `statement_timeout`. Whatever is not above the
+/// horizon may move a row and never make one: the row is locked, so that it stays until this commits.
+pub(super) const UPSERT: &str = "
+    insert into tidegate_entries as stored (namespace, key, version, value, expires_at, collectable_at)
+    select namespace, key, version, value, expires_at,
+           case when value is null or expires_at is not null then greatest(expires_at, now()) end
+      from unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[], $5::timestamptz[])
+           as batch (namespace, key, version, value, expires_at)
+     where case when version > (select gc_horizon from tidegate_control where id = 1) then true
+                else exists (select from tidegate_entries known
+                              where known.namespace = batch.namespace and known.key = batch.key
+                                for key share) end
+        on conflict (namespace, key) do update
+       set version = excluded.version, value = excluded.value,
+           expires_at = excluded.expires_at, collectable_at = excluded.collectable_at
+     where stored.version < excluded.version
+ returning stored.namespace, stored.key";
+
+/// A row under a key that no other session probes with.
+pub(super) const PROBE: &str = "
+    insert into tidegate_entries as stored (namespace, key, version, value)
+    values ('tidegate.probe', 'probe-' || pg_backend_pid(), 1, '')
+        on conflict (namespace, key) do update set version = excluded.version";
+
+/// A dead letter, once.
+pub(super) const BURY: &str = "
+    insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
+    values ($1, $2, $3, $4, $5, $6, $7)
+        on conflict (namespace, key, version) do nothing";
+
+/// Its own node, else one never used, else the one that was given back or lapsed longest ago: a node stays with its directory for as long
+/// as it can.
+pub(super) const LEASE_NODE: &str = "
+    insert into tidegate_nodes as held (node, directory, start, renewed_at)
+    select node, $1, $2, clock_timestamp()
+      from (select coalesce(
+                (select node from tidegate_nodes where directory = $1),
+                (select min(free.node) from generate_series(1, 1023) as free (node)
+                  where not exists (select from tidegate_nodes used where used.node = free.node)),
+                (select node from tidegate_nodes
+                  where renewed_at is null or renewed_at < clock_timestamp() - $3 * interval '1 millisecond'
+                  order by renewed_at nulls first limit 1)
+            ) as node) as chosen
+     where node is not null
+        on conflict (node) do update
+       set directory = excluded.directory, start = excluded.start, renewed_at = excluded.renewed_at
+ returning held.node::integer, held.high_water";
+
+/// The lease is the claimant's while the row has its marks.
+pub(super) const RENEW_NODE: &str = "
+    update tidegate_nodes
+       set renewed_at = clock_timestamp(), high_water = greatest(high_water, $4)
+     where node = $1 and directory = $2 and start = $3 and renewed_at is not null";
+
+/// The row stays, for its mark and its directory.
+pub(super) const RELEASE_NODE: &str = "
+    update tidegate_nodes
+       set renewed_at = null, high_water = greatest(high_water, $4)
+     where node = $1 and directory = $2 and start = $3 and renewed_at is not null";
+
+/// The horizon, raised to the highest version of what is due; no row when nothing is. A row that was stamped after the retention began, by
+/// a clock that is ahead, is not due: the horizon never comes near a version that a gateway stamps now.
+pub(super) const RAISE_HORIZON: &str = "
+    update tidegate_control
+       set gc_horizon = greatest(gc_horizon, due.version)
+      from (select max(version) as version
+              from (select version from tidegate_entries
+                     where collectable_at < now() - $1 * interval '1 millisecond'
+                       and version <= greatest((extract(epoch from now()) * 1000)::bigint - $1 - 1704067200000, 0) << 21
+                     order by collectable_at limit $2) as oldest) as due
+     where id = 1 and due.version is not null
+ returning gc_horizon";
+
+/// The transactions of others that may write to the entries: all that do now, or those of an earlier answer that still do.
+pub(super) const WRITERS: &str = "
+    select virtualtransaction from pg_locks
+     where locktype = 'relation' and mode = 'RowExclusiveLock' and granted
+       and relation = 'tidegate_entries'::regclass
+       and database = (select oid from pg_database where datname = current_database())
+       and pid is distinct from pg_backend_pid()
+       and ($1::text[] is null or virtualtransaction = any ($1))";
+
+/// What is due at or below the horizon. The rows are locked before they are deleted, and none is waited for, so it deadlocks with no commit.
+/// A row that a commit moved on meanwhile has another ctid, and stays.
+pub(super) const COLLECT: &str = "
+    delete from tidegate_entries
+     where ctid = any (array(
+           select ctid from tidegate_entries
+            where collectable_at < now() - $1 * interval '1 millisecond' and version <= $2
+            order by collectable_at limit $3
+              for update skip locked))";

@@ -1,0 +1,163 @@
+//! The SQL for SQLite.
+//!
+//! Owns the texts, each constant, so that a connection prepares it once: SQLite has no arrays, so statements of several rows come in a few
+//! fixed sizes. Does not own how they are called ([`super::connection`]). Invariants: rows of the entries are reached by their primary key or
+//! by the index for collection; only the upsert moves one, and only forward.
+
+use std::{
+    iter,
+    sync::{Arc, LazyLock},
+};
+
+/// How many rows a statement has: a batch is cut into the largest that fit.
+const ROWS: [usize; 4] = [256, 32, 4, 1];
+
+/// The clock of the machine in milliseconds, the same throughout a statement.
+macro_rules! now {
+    () => {
+        "cast(round(unixepoch('subsec') * 1000) as integer)"
+    };
+}
+
+/// A row under a key of its own.
+pub(super) const PROBE: &str = "
+    insert into tidegate_entries (namespace, key, version, value) values ('tidegate.probe', 'probe', 1, x'')
+        on conflict (namespace, key) do update set version = excluded.version";
+
+/// A dead letter, once.
+pub(super) const BURY: &str = "
+    insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
+    values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+        on conflict (namespace, key, version) do nothing";
+
+/// There is one node, and the last to start has it.
+pub(super) const LEASE_NODE: &str = concat!(
+    "insert into tidegate_nodes (node, directory, start, renewed_at) values (0, ?1, ?2, ",
+    now!(),
+    ") on conflict (node) do update
+       set directory = excluded.directory, start = excluded.start, renewed_at = excluded.renewed_at
+    returning high_water"
+);
+
+/// The lease is the claimant's while the row has its marks.
+pub(super) const RENEW_NODE: &str = concat!(
+    "update tidegate_nodes set renewed_at = ",
+    now!(),
+    ", high_water = coalesce(max(high_water, ?4), high_water, ?4)
+     where node = ?1 and directory = ?2 and start = ?3 and renewed_at is not null"
+);
+
+/// The row stays, for its mark.
+pub(super) const RELEASE_NODE: &str = "
+    update tidegate_nodes set renewed_at = null, high_water = coalesce(max(high_water, ?4), high_water, ?4)
+     where node = ?1 and directory = ?2 and start = ?3 and renewed_at is not null";
+
+/// The horizon.
+pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where id = 1";
+
+/// The horizon, raised to the highest version of what is due; no row when nothing is. A row that was stamped after the retention began, by
+/// a clock that is ahead, is not due.
+pub(super) const RAISE_HORIZON: &str = concat!(
+    "update tidegate_control set gc_horizon = max(gc_horizon, due.version)
+       from (select max(version) as version from (
+             select version from tidegate_entries where collectable_at < ",
+    now!(),
+    " - ?1 and version <= max(",
+    now!(),
+    " - ?1 - 1704067200000, 0) << 21 order by collectable_at limit ?2)) as due
+      where id = 1 and due.version is not null
+     returning gc_horizon"
+);
+
+/// What is due at or below the horizon: tombstones and expired rows whose retention is over, oldest first.
+pub(super) const COLLECT: &str = concat!(
+    "delete from tidegate_entries where rowid in (
+        select rowid from tidegate_entries where collectable_at < ",
+    now!(),
+    " - ?1 and version <= ?2 order by collectable_at limit ?3)"
+);
+
+/// A statement in each of the sizes of [`ROWS`].
+pub(super) type Sized = [Arc<str>; ROWS.len()];
+
+/// The one rule. Whatever is not above the horizon may move a row and never make one.
+pub(super) static UPSERT: LazyLock<Sized> = LazyLock::new(|| {
+    sized(
+        concat!(
+            "insert into tidegate_entries as stored (namespace, key, version, value, expires_at, collectable_at)
+             select column1, column2, column3, column4, column5,
+                    case when column4 is null or column5 is not null then max(coalesce(column5, 0), ",
+            now!(),
+            ") end from (values "
+        ),
+        |_| "(?,?,?,?,?)".to_owned(),
+        ") where column3 > (select gc_horizon from tidegate_control where id = 1)
+              or exists (select 1 from tidegate_entries known where known.namespace = column1 and known.key = column2)
+         on conflict (namespace, key) do update
+            set version = excluded.version, value = excluded.value,
+                expires_at = excluded.expires_at, collectable_at = excluded.collectable_at
+          where stored.version < excluded.version
+         returning namespace, key",
+    )
+});
+
+/// The entries of keys, each with its place in the question. `cross join` fixes the order: each key is looked up by the primary key.
+pub(super) static LOAD: LazyLock<Sized> = LazyLock::new(|| {
+    sized(
+        "with wanted (position, namespace, key) as (values ",
+        |place| format!("({place},?,?)"),
+        ") select wanted.position, e.version, e.value, e.expires_at from wanted
+             cross join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key",
+    )
+});
+
+/// What stands on keys, the same way.
+pub(super) static STANDING: LazyLock<Sized> = LazyLock::new(|| {
+    sized(
+        "with wanted (position, namespace, key) as (values ",
+        |place| format!("({place},?,?)"),
+        ") select wanted.position, e.version from wanted
+             cross join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key",
+    )
+});
+
+fn sized(beginning: &str, row: impl Fn(usize) -> String, end: &str) -> Sized {
+    ROWS.map(|rows| {
+        let rows: Vec<String> = (0..rows).map(&row).collect();
+        format!("{beginning}{}{end}", rows.join(",")).into()
+    })
+}
+
+/// Cuts items into pieces of the sizes of [`ROWS`]: each piece, its offset, and its statement.
+pub(super) fn pieces<'a, T>(
+    statements: &'static Sized,
+    items: &'a [T],
+) -> impl Iterator<Item = (usize, &'a [T], Arc<str>)> {
+    let mut offset = 0;
+    iter::from_fn(move || {
+        let left = &items[offset..];
+        let size = ROWS.iter().position(|rows| *rows <= left.len())?;
+        let piece = (offset, &left[..ROWS[size]], Arc::clone(&statements[size]));
+        offset += ROWS[size];
+        Some(piece)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_everything_in_order() {
+        for len in [0, 1, 3, 4, 35, 256, 1_000, 5_000] {
+            let items: Vec<usize> = (0..len).collect();
+            let mut seen = Vec::new();
+            for (offset, piece, statement) in pieces(&LOAD, &items) {
+                assert_eq!(offset, seen.len());
+                assert_eq!(statement.matches('?').count(), 2 * piece.len());
+                seen.extend_from_slice(piece);
+            }
+            assert_eq!(seen, items);
+        }
+    }
+}
