@@ -4,9 +4,11 @@
 //!
 //! - [`model`], [`clock`], [`error`], [`namespace`], [`settings`], [`backoff`], [`telemetry`]: the vocabulary. All others may
 //!   use them; of I/O they have only the log.
+//! - [`cache`]: copies for reading. L1 in memory, Redis, one load per missing key.
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
 
 pub mod backoff;
+pub mod cache;
 pub mod clock;
 pub mod error;
 pub mod model;

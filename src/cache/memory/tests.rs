@@ -1,0 +1,296 @@
+//! L1 is a max-register per key, and bounded in bytes, whatever lands on it from wherever.
+
+use std::{
+    sync::{
+        Arc, Barrier,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use proptest::{collection::vec, prelude::*, sample::subsequence};
+use rand::RngExt;
+
+use super::*;
+use crate::model::Entry;
+
+const NOW: Timestamp = Timestamp(1_000_000);
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn key(name: impl ToString) -> Key {
+    Key::new("test", &name.to_string()).unwrap()
+}
+
+fn version(number: i64) -> Version {
+    Version::new(number).unwrap()
+}
+
+fn entry(number: i64, value_bytes: usize) -> Entry {
+    Entry {
+        version: version(number),
+        value: Some(Bytes::from(vec![b'v'; value_bytes])),
+        expires_at: None,
+    }
+}
+
+fn put(number: i64) -> Copy {
+    Copy::new(Some(entry(number, 8)), NOW, MINUTE)
+}
+
+fn absence() -> Copy {
+    Copy::new(None, NOW, MINUTE)
+}
+
+fn memory() -> Memory {
+    Memory::new(&Config::default())
+}
+
+fn standing(memory: &Memory, key: &Key) -> Option<Copy> {
+    memory.get(key, Timestamp(i64::MIN))
+}
+
+#[test]
+fn a_copy_takes_what_the_overhead_says() {
+    assert!(mem::size_of::<Key>() + mem::size_of::<Copy>() <= 96);
+    let memory = memory();
+    for number in 0..100_000 {
+        memory.land(&key(number), put(1));
+    }
+    let used = memory.copies.memory_used();
+    // Tables grow by doubling, so half of this may be room for more; the allocations of key and value come on top.
+    assert!((used.entries + used.map) / memory.len() <= 2 * OVERHEAD_BYTES);
+}
+
+#[test]
+fn a_copy_answers_only_while_fresh() {
+    let (memory, key) = (memory(), key("k"));
+    let end = NOW.after(MINUTE);
+    memory.land(&key, put(1));
+    assert_eq!(memory.get(&key, Timestamp(end.0 - 1)), Some(put(1)));
+    assert_eq!(memory.get(&key, end), None);
+    // It still refuses what is older.
+    assert_eq!(memory.len(), 1);
+}
+
+#[test]
+fn an_expired_record_and_a_tombstone_come_back_as_they_are() {
+    let (memory, key) = (memory(), key("k"));
+    let mut expired = entry(1, 8);
+    expired.expires_at = Some(NOW);
+    let tombstone = Entry {
+        version: version(2),
+        value: None,
+        expires_at: None,
+    };
+    for dead in [expired, tombstone] {
+        assert!(!dead.is_live(NOW));
+        memory.land(&key, Copy::new(Some(dead.clone()), NOW, MINUTE));
+        assert_eq!(memory.get(&key, NOW).and_then(|copy| copy.entry), Some(dead));
+    }
+}
+
+#[test]
+fn an_older_version_is_refused_and_a_newer_one_lands_larger_or_smaller() {
+    let (memory, key) = (memory(), key("k"));
+    let sized = |number, bytes| Copy::new(Some(entry(number, bytes)), NOW, MINUTE);
+    for (number, bytes) in [(2, 10), (3, 1_000), (5, 5), (9, 5)] {
+        assert_eq!(memory.land(&key, sized(number, bytes)), Landing::Landed);
+        let refused = Landing::Refused {
+            standing: sized(number, bytes),
+        };
+        assert_eq!(memory.land(&key, sized(number - 1, 77)), refused);
+        assert_eq!(memory.land(&key, absence()), refused);
+        assert_eq!(memory.land_load(&key, sized(number - 1, 77)), refused);
+        assert_eq!(standing(&memory, &key), Some(sized(number, bytes)));
+    }
+}
+
+#[test]
+fn the_same_version_renews_the_times_and_only_forward() {
+    let (memory, key) = (memory(), key("k"));
+    let at = |loaded_at, fresh_until| Copy {
+        entry: Some(entry(1, 8)),
+        loaded_at: Timestamp(loaded_at),
+        fresh_until: Timestamp(fresh_until),
+    };
+    assert_eq!(memory.land(&key, at(20, 100)), Landing::Landed);
+    assert_eq!(memory.land(&key, at(10, 90)), Landing::Renewed);
+    assert_eq!(standing(&memory, &key), Some(at(20, 100)));
+    assert_eq!(memory.land(&key, at(30, 110)), Landing::Renewed);
+    assert_eq!(standing(&memory, &key), Some(at(30, 110)));
+}
+
+#[test]
+fn an_absence_lands_over_an_entry_only_from_a_load() {
+    let (memory, key) = (memory(), key("k"));
+    assert_eq!(memory.land(&key, absence()), Landing::Landed);
+    assert_eq!(memory.land(&key, absence()), Landing::Renewed);
+    assert_eq!(memory.land(&key, put(1)), Landing::Landed);
+    assert_eq!(memory.land(&key, absence()), Landing::Refused { standing: put(1) });
+    assert_eq!(memory.land_load(&key, absence()), Landing::Landed);
+    assert_eq!(standing(&memory, &key), Some(absence()));
+}
+
+#[test]
+fn a_version_is_dropped_only_while_it_stands() {
+    let (memory, key) = (memory(), key("k"));
+    memory.land(&key, put(2));
+    assert!(!memory.drop_version(&key, version(1)));
+    assert!(!memory.drop_version(&key, version(3)));
+    assert_eq!(standing(&memory, &key), Some(put(2)));
+    assert!(memory.drop_version(&key, version(2)));
+    assert!(memory.is_empty());
+    memory.land(&key, absence());
+    assert!(!memory.drop_version(&key, version(2)));
+}
+
+#[test]
+fn no_bytes_keep_nothing() {
+    let memory = Memory::new(&Config { bytes_max: 0 });
+    memory.land(&key("k"), put(1));
+    assert_eq!(standing(&memory, &key("k")), None);
+}
+
+#[test]
+fn a_copy_too_large_to_keep_still_ends_the_older_one() {
+    let (memory, key) = (Memory::new(&Config { bytes_max: 10_000 }), key("k"));
+    memory.land(&key, put(1));
+    memory.land(&key, Copy::new(Some(entry(2, 20_000)), NOW, MINUTE));
+    assert_eq!(standing(&memory, &key), None);
+    assert_eq!(memory.bytes(), 0);
+}
+
+#[test]
+fn the_bytes_hold_as_copies_come_and_grow_in_place() {
+    let bytes_max = 1_000_000;
+    let memory = Memory::new(&Config { bytes_max });
+    let mut rng = rand::rng();
+    for number in 1..30_000 {
+        // Few enough keys that most landings replace, and values that grow over time.
+        let bytes = rng.random_range(0..=number as usize);
+        let key = key(rng.random_range(0..200));
+        memory.land(&key, Copy::new(Some(entry(number, bytes)), NOW, MINUTE));
+        assert!(memory.bytes() <= bytes_max as u64);
+    }
+    let found: usize = (0..200)
+        .filter_map(|name| standing(&memory, &key(name)).map(|copy| Weigh.weight(&key(name), &copy) as usize))
+        .sum();
+    assert_eq!(found as u64, memory.bytes());
+    assert!(found > bytes_max / 2, "the room is used: {found}");
+}
+
+#[test]
+fn concurrent_landings_leave_the_highest_and_a_reader_never_sees_a_step_back() {
+    const KEYS: usize = 4;
+    const LANDINGS: i64 = 100_000;
+    let memory = memory();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut seen = [0; KEYS];
+            while !done.load(Ordering::Relaxed) {
+                for (name, seen) in seen.iter_mut().enumerate() {
+                    if let Some(copy) = memory.get(&key(name), NOW) {
+                        let number = copy.version().expect("only entries land").get();
+                        assert!(number >= *seen, "{number} after {seen}");
+                        *seen = number;
+                    }
+                }
+            }
+        });
+        let writers: Vec<_> = (0..3)
+            .map(|writer| {
+                let memory = &memory;
+                scope.spawn(move || {
+                    let mut rng = rand::rng();
+                    for round in 0..LANDINGS {
+                        // Out of order within a window, so that half of the landings come late; sizes force both ways in.
+                        let number = 1 + round * 3 + writer + rng.random_range(0..30);
+                        let bytes = rng.random_range(0..64);
+                        let copy = Copy::new(Some(entry(number, bytes)), NOW, MINUTE);
+                        let key = key(rng.random_range(0..KEYS));
+                        memory.land(&key, copy);
+                        let stands = standing(memory, &key).and_then(|copy| copy.version());
+                        // Empty for the moment in which a larger copy comes in.
+                        assert!(stands.is_none_or(|stands| stands >= version(number)));
+                    }
+                    for name in 0..KEYS {
+                        memory.land(&key(name), put(LANDINGS * 3 + 100 + writer));
+                    }
+                })
+            })
+            .collect();
+        let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
+        // First of all, or the reader of a failed test would never end.
+        done.store(true, Ordering::Relaxed);
+        assert!(ended.iter().all(Result::is_ok), "no writer fails");
+    });
+    for name in 0..KEYS {
+        assert_eq!(standing(&memory, &key(name)), Some(put(LANDINGS * 3 + 102)));
+    }
+}
+
+#[test]
+fn whoever_lands_on_an_emptied_slot_at_once_leaves_the_highest() {
+    let memory = Arc::new(memory());
+    let barrier = Arc::new(Barrier::new(3));
+    let threads: Vec<_> = (1..=3)
+        .map(|number| {
+            let (memory, barrier) = (Arc::clone(&memory), Arc::clone(&barrier));
+            thread::spawn(move || {
+                for round in 0..5_000 {
+                    barrier.wait();
+                    memory.land(&key(round), put(number));
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("no thread fails");
+    }
+    for round in 0..5_000 {
+        assert_eq!(standing(&memory, &key(round)), Some(put(3)), "round {round}");
+    }
+}
+
+prop_compose! {
+    /// Distinct writes of one key: puts, deletes, records that have expired, and sizes that grow and shrink.
+    fn writes()(
+        versions in vec(1..=i64::MAX, 1..12),
+        kinds in vec((0..3, 0..200_usize), 12),
+    ) -> Vec<Entry> {
+        let mut versions = versions;
+        versions.sort_unstable();
+        versions.dedup();
+        versions
+            .into_iter()
+            .zip(kinds)
+            .map(|(number, (kind, bytes))| Entry {
+                version: version(number),
+                value: (kind != 0).then(|| Bytes::from(vec![b'v'; bytes])),
+                expires_at: (kind == 2).then_some(NOW),
+            })
+            .collect()
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_order_repetition_and_late_redelivery_end_at_the_highest_version(
+        (writes, first, second) in writes().prop_flat_map(|writes| {
+            let all: Vec<usize> = (0..writes.len()).collect();
+            let some = subsequence(all.clone(), 0..=writes.len()).prop_shuffle();
+            // Some are lost at first; then all are delivered, in another order.
+            (Just(writes), some, Just(all).prop_shuffle())
+        })
+    ) {
+        let (memory, key) = (memory(), key("k"));
+        for index in first.iter().chain(&second) {
+            memory.land(&key, Copy::new(Some(writes[*index].clone()), NOW, MINUTE));
+        }
+        let highest = writes.iter().max_by_key(|entry| entry.version).cloned();
+        prop_assert_eq!(standing(&memory, &key).and_then(|copy| copy.entry), highest);
+    }
+}
