@@ -5,6 +5,7 @@
 //! - [`model`], [`clock`], [`error`], [`namespace`], [`settings`], [`backoff`], [`telemetry`]: the vocabulary. All others may
 //!   use them; of I/O they have only the log.
 //! - [`cache`]: copies for reading. L1 in memory, Redis, one load per missing key.
+//! - [`queue`]: writes accepted and not yet in the store, and their drain.
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
 
 pub mod backoff;
@@ -13,6 +14,7 @@ pub mod clock;
 pub mod error;
 pub mod model;
 pub mod namespace;
+pub mod queue;
 pub mod settings;
 pub mod store;
 pub mod telemetry;

@@ -1,0 +1,444 @@
+//! The drain workers: the only ones that take batches from the queue and commit them.
+//!
+//! Owns when a worker acts, how it tries again, and what becomes of a row that the store refuses. Does not own the order of draining
+//! (the pending table), the halving of rejected batches (`bisect`) nor what an error means (the store). A batch starts whenever
+//! none is in flight and something is due: there is no linger timer, so batches grow exactly as the store is slow. Invariants: a
+//! worker has one batch in flight; a write leaves the table only once the store holds it, or something newer, or its dead letter;
+//! a failure is never the end of a write. Commits may be repeated, so one with an unknown outcome is simply tried again.
+
+use std::{
+    collections::VecDeque,
+    future,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+
+use super::{Config, DropReason, Dropped, Permit, Shard, Shared, bisect::Bisection, pending::Pending};
+use crate::{
+    backoff::Backoff,
+    model::Write,
+    store::{Committed, DeadLetter, Session, StoreError, StoreErrorKind},
+    telemetry::{CommitLabels, CommitPath, StoreMetrics},
+};
+
+/// How many writes are taken or settled under one hold of the shard's lock, which the callers' threads need too.
+const LOCKED_MAX: usize = 128;
+
+/// The longest wait between tries once the queue is closed: its deadline is near.
+const CLOSING_BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// The worker of one shard.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    index: usize,
+    session: Session,
+    dropped: mpsc::Sender<Dropped>,
+    batch_writes_max: usize,
+    batch_bytes_max: usize,
+    commits: Retry,
+    /// A bisection that an outage interrupted; its rows stay in flight.
+    unfinished: Option<Bisection>,
+    /// Rows to be buried. They stay in flight until they are, so that nobody takes them; the others pass them by.
+    condemned: VecDeque<DeadLetter>,
+    burials: Retry,
+    metrics: Metrics,
+}
+
+/// [`StoreMetrics`] of this path.
+struct Metrics {
+    commit_duration: Histogram,
+    commit_batch: Histogram,
+    retries: Counter,
+    superseded: Counter,
+    dead_letters: Counter,
+}
+
+/// What there is to do.
+enum Event {
+    /// Commit these.
+    Drain(Bisection),
+    /// Bury this.
+    Bury(DeadLetter),
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        index: usize,
+        session: Session,
+        dropped: mpsc::Sender<Dropped>,
+        config: &Config,
+        metrics: &StoreMetrics,
+    ) -> Worker {
+        let labels = CommitLabels {
+            path: CommitPath::Behind,
+        };
+        Worker {
+            shared,
+            index,
+            session,
+            dropped,
+            batch_writes_max: config.drain_batch_writes_max.get(),
+            batch_bytes_max: config.drain_batch_bytes_max.get(),
+            commits: Retry::new(config),
+            unfinished: None,
+            condemned: VecDeque::new(),
+            burials: Retry::new(config),
+            metrics: Metrics {
+                commit_duration: metrics.commit_duration.get_or_create_owned(&labels),
+                commit_batch: metrics.commit_batch.get_or_create_owned(&labels),
+                retries: metrics.retries.get_or_create_owned(&labels),
+                superseded: metrics.superseded.get_or_create_owned(&labels),
+                dead_letters: metrics.dead_letters.clone(),
+            },
+        }
+    }
+
+    /// Drains for ever. Dropped in the middle, it leaves its batch in flight: no other worker may follow it in this process.
+    pub(super) async fn run(mut self) {
+        loop {
+            match self.select().await {
+                Event::Drain(batch) => self.drain(batch).await,
+                Event::Bury(letter) => self.bury(letter).await,
+            }
+        }
+    }
+
+    /// Waits until there is something to do.
+    async fn select(&mut self) -> Event {
+        loop {
+            let closed = self.shared.budget.is_closed();
+            let now = Instant::now();
+            let wake_at = match self.decide(now, closed) {
+                Ok(event) => return event,
+                Err(wake_at) => wake_at,
+            };
+            let may_drain = self.commits.is_over(now, closed);
+            tokio::select! {
+                // What is accepted meanwhile does not shorten a backoff; the word of it is kept until then.
+                () = self.shard().changed.notified(), if may_drain => {}
+                () = at(wake_at) => {}
+                () = self.shared.closing.cancelled(), if !closed => {}
+            }
+        }
+    }
+
+    /// What there is to do at `now`, or else when to look again; `None`: when told.
+    fn decide(&mut self, now: Instant, closed: bool) -> Result<Event, Option<Instant>> {
+        let mut wake_at: Option<Instant> = None;
+        if !self.condemned.is_empty() {
+            if self.burials.is_over(now, closed)
+                && let Some(letter) = self.condemned.pop_front()
+            {
+                return Ok(Event::Bury(letter));
+            }
+            wake_at = self.burials.ends_at(closed);
+        }
+        let next_try = if self.commits.is_over(now, closed) {
+            if let Some(batch) = self.unfinished.take() {
+                return Ok(Event::Drain(batch));
+            }
+            let batch = self.take();
+            if !batch.is_empty() {
+                return Ok(Event::Drain(Bisection::new(sorted(batch))));
+            }
+            let due = self.shard().pending.lock().next_due();
+            due.map(|due| now + due.since(self.shared.clock.now()))
+        } else {
+            self.commits.ends_at(closed)
+        };
+        Err(wake_at.into_iter().chain(next_try).min())
+    }
+
+    fn take(&self) -> Vec<Write> {
+        let mut batch: Vec<Write> = Vec::new();
+        let mut bytes = 0;
+        while batch.len() < self.batch_writes_max && bytes < self.batch_bytes_max {
+            let (writes_max, bytes_max) = (self.batch_writes_max - batch.len(), self.batch_bytes_max - bytes);
+            let hurried = self.shared.is_hurried();
+            let taken = self.shared.change(self.shard(), |pending| {
+                // Under the lock, so that nothing accepted before is due after.
+                let now = self.shared.clock.now();
+                pending.take(now, writes_max.min(LOCKED_MAX), bytes_max, hurried)
+            });
+            if taken.is_empty() {
+                break;
+            }
+            bytes += taken.iter().map(Write::weight).sum::<usize>();
+            batch.extend(taken);
+        }
+        batch
+    }
+
+    /// Commits a batch; where the store rejects it, all of it but the rows to blame, and condemns those. What an outage left undecided
+    /// goes back to the table, to be joined with what comes meanwhile; a bisection is kept instead and goes on where it was,
+    /// for a store that fails now and then might never see its end otherwise.
+    async fn drain(&mut self, mut batch: Bisection) {
+        if self.commits.is_failing() {
+            self.metrics.retries.inc();
+        }
+        let result = self.bisect(&mut batch).await;
+        let refused = batch.take_condemned().into_iter();
+        self.condemn(refused.map(|(write, error)| DeadLetter {
+            write,
+            code: error.code,
+            reason: error.message,
+        }));
+        let Err(error) = result else { return self.recovered() };
+        if batch.is_split() && error.kind != StoreErrorKind::Rejected {
+            batch.interrupted();
+            self.unfinished = Some(batch);
+        } else {
+            self.release(batch.undecided());
+        }
+        self.failed(&error);
+    }
+
+    /// Commits until everything is decided, or until an outage. One that is `Rejected` is the table's: it refuses every row.
+    async fn bisect(&mut self, batch: &mut Bisection) -> Result<(), StoreError> {
+        while let Some(part) = batch.part() {
+            let refusal = match self.commit(part).await {
+                Ok(committed) if committed == [Committed::Skipped] => swallowed(),
+                Ok(committed) => {
+                    self.settle(part, &committed).await;
+                    let skipped = committed
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, one)| **one == Committed::Skipped);
+                    batch.committed(committed.contains(&Committed::Applied), skipped.map(|(place, _)| place));
+                    continue;
+                }
+                Err(error) if error.kind != StoreErrorKind::Rejected => return Err(error),
+                Err(_) if part.len() > 1 => {
+                    batch.halve();
+                    continue;
+                }
+                Err(error) => error,
+            };
+            if batch.rejected(refusal) {
+                match self.session.probe().await {
+                    Ok(()) => batch.took(),
+                    Err(probe) if probe.kind == StoreErrorKind::Rejected => {}
+                    Err(probe) => return Err(probe),
+                }
+            }
+            if let Some(refusal) = batch.table_refusal() {
+                return Err(refusal);
+            }
+        }
+        Ok(())
+    }
+
+    async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
+        let started = Instant::now();
+        let result = self.session.commit(writes).await;
+        self.metrics.commit_duration.observe(started.elapsed().as_secs_f64());
+        self.metrics.commit_batch.observe(writes.len() as f64);
+        result
+    }
+
+    /// Lets go of committed writes, and then tells which of them the store did not need: what is told while it is still pending
+    /// could be found there, and cached, again. Condemns those that came too late: they stay until they are buried.
+    async fn settle(&mut self, writes: &[Write], committed: &[Committed]) {
+        debug_assert_eq!(writes.len(), committed.len());
+        let (mut done, mut lost, mut late) = (Vec::with_capacity(writes.len()), Vec::new(), Vec::new());
+        for (write, committed) in writes.iter().zip(committed) {
+            match *committed {
+                Committed::Applied => done.push(write),
+                Committed::Superseded { standing } => {
+                    done.push(write);
+                    lost.push((write, DropReason::Superseded { standing }));
+                }
+                Committed::BelowHorizon { horizon } => late.push(DeadLetter::below_horizon(write.clone(), horizon)),
+                Committed::Skipped => {}
+            }
+        }
+        self.condemn(late);
+        for writes in done.chunks(LOCKED_MAX) {
+            // The permits are freed when the lock is.
+            let _freed: Vec<Permit> = self.shared.change(self.shard(), |pending| {
+                let settled = writes
+                    .iter()
+                    .filter_map(|write| pending.settle(&write.key, write.entry.version));
+                settled.collect()
+            });
+        }
+        self.metrics.superseded.inc_by(lost.len() as u64);
+        for (write, why) in lost {
+            self.tell_dropped(write, why).await;
+        }
+    }
+
+    fn release<'a>(&self, writes: impl Iterator<Item = &'a Write>) {
+        self.shared.change(self.shard(), |pending| {
+            for write in writes {
+                pending.release(&write.key, write.entry.version);
+            }
+        });
+    }
+
+    fn condemn(&mut self, letters: impl IntoIterator<Item = DeadLetter>) {
+        let known = self.condemned.len();
+        self.condemned.extend(letters);
+        if let Some(first) = self.condemned.get(known) {
+            tracing::warn!(
+                rows = self.condemned.len() - known,
+                code = first.code,
+                reason = first.reason,
+                "the store refuses rows for good; they go to the dead letters"
+            );
+        }
+    }
+
+    /// Buries a condemned row, or puts it back behind the others.
+    async fn bury(&mut self, letter: DeadLetter) {
+        match self.session.bury(&letter).await {
+            Ok(()) => {
+                self.burials.succeeded();
+                self.metrics.dead_letters.inc();
+                let Write { key, entry } = &letter.write;
+                let bury = |pending: &mut Pending<Permit>| pending.bury(key, entry.version);
+                drop(self.shared.change(self.shard(), bury));
+                self.tell_dropped(&letter.write, DropReason::DeadLettered).await;
+            }
+            Err(error) => {
+                if !self.burials.is_failing() {
+                    tracing::warn!(%error, "the store does not take dead letters; they are kept and tried again");
+                }
+                self.burials.failed(Instant::now());
+                self.condemned.push_back(letter);
+            }
+        }
+    }
+
+    async fn tell_dropped(&mut self, write: &Write, why: DropReason) {
+        let dropped = Dropped {
+            key: write.key.clone(),
+            version: write.entry.version,
+            why,
+        };
+        // Nobody listens any more only when the gateway is going down.
+        let _unheard = self.dropped.send(dropped).await;
+    }
+
+    fn failed(&mut self, error: &StoreError) {
+        if !self.commits.is_failing() && self.shared.failing.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::warn!(%error, kind = ?error.kind, "the store does not take pending writes; they are kept and tried again");
+        }
+        self.commits.failed(Instant::now());
+    }
+
+    fn recovered(&mut self) {
+        if self.commits.is_failing() && self.shared.failing.fetch_sub(1, Ordering::Relaxed) == 1 {
+            tracing::info!("the store takes pending writes again");
+        }
+        self.commits.succeeded();
+    }
+
+    fn shard(&self) -> &Shard {
+        &self.shared.shards[self.index]
+    }
+}
+
+/// When to try something again that failed.
+#[derive(Debug)]
+struct Retry {
+    backoff: Backoff,
+    /// When the last try failed, and how long to wait since; `None` after one that did not.
+    failed: Option<(Instant, Duration)>,
+}
+
+impl Retry {
+    fn new(config: &Config) -> Retry {
+        Retry {
+            backoff: Backoff::new(config.retry_backoff_min, config.retry_backoff_max),
+            failed: None,
+        }
+    }
+
+    fn is_failing(&self) -> bool {
+        self.failed.is_some()
+    }
+
+    fn failed(&mut self, now: Instant) {
+        self.failed = Some((now, self.backoff.delay()));
+    }
+
+    fn succeeded(&mut self) {
+        self.backoff.reset();
+        self.failed = None;
+    }
+
+    /// When the wait ends; `None`: there is none.
+    fn ends_at(&self, closed: bool) -> Option<Instant> {
+        self.failed
+            .map(|(failed_at, delay)| failed_at + if closed { delay.min(CLOSING_BACKOFF_MAX) } else { delay })
+    }
+
+    fn is_over(&self, now: Instant, closed: bool) -> bool {
+        self.ends_at(closed).is_none_or(|ends_at| ends_at <= now)
+    }
+}
+
+fn swallowed() -> StoreError {
+    let message = "the store neither took the row nor holds a newer one: a trigger or a rule of the table swallowed it";
+    StoreError::new(StoreErrorKind::Rejected, message)
+}
+
+/// Writes as a commit wants them: sorted, no key twice. A key comes twice when its write is overtaken and followed by a newer one
+/// between two holds of the shard's lock; the older one has left the table by then.
+fn sorted(mut batch: Vec<Write>) -> Vec<Write> {
+    batch.sort_unstable_by(|a, b| a.key.cmp(&b.key).then(b.entry.version.cmp(&a.entry.version)));
+    batch.dedup_by(|later, kept| later.key == kept.key);
+    batch
+}
+
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Entry, Key, Version};
+
+    #[test]
+    fn a_key_taken_twice_is_committed_once_as_the_newer() {
+        let write = |key: &str, version| Write {
+            key: Key::new("test", key).expect("valid"),
+            entry: Entry {
+                version: Version::new(version).expect("positive"),
+                value: None,
+                expires_at: None,
+            },
+        };
+        let batch = sorted(vec![write("b", 1), write("c", 5), write("a", 9), write("b", 4)]);
+        assert_eq!(batch, [write("a", 9), write("b", 4), write("c", 5)]);
+    }
+
+    #[test]
+    fn a_wait_doubles_up_to_its_bound_and_is_capped_while_closing() {
+        let mut retry = Retry::new(&Config::default());
+        let now = Instant::now();
+        assert!(retry.is_over(now, false));
+        let mut bound = Duration::from_millis(50);
+        for _ in 0..100 {
+            retry.failed(now);
+            let wait = retry.ends_at(false).map(|at| at - now).expect("a wait");
+            assert!(wait >= bound / 2 && wait <= bound, "{wait:?} of {bound:?}");
+            bound = (bound * 2).min(Duration::from_secs(10));
+        }
+        assert!(retry.is_over(now + CLOSING_BACKOFF_MAX, true));
+        retry.succeeded();
+        assert!(retry.is_over(now, false));
+    }
+}
