@@ -4,6 +4,8 @@
 //!
 //! - [`model`], [`clock`], [`error`], [`namespace`], [`settings`], [`backoff`], [`telemetry`]: the vocabulary. All others may
 //!   use them; of I/O they have only the log.
+//! - [`rpc`]: the gRPC face. Threads, validation, statuses.
+//! - [`gateway`]: the algorithm: get, put, delete in plain steps. Alone knows both of the next two.
 //! - [`cache`]: copies for reading. L1 in memory, Redis, one load per missing key.
 //! - [`queue`]: writes accepted and not yet in the store, and their drain.
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
@@ -12,9 +14,11 @@ pub mod backoff;
 pub mod cache;
 pub mod clock;
 pub mod error;
+pub mod gateway;
 pub mod model;
 pub mod namespace;
 pub mod queue;
+pub mod rpc;
 pub mod settings;
 pub mod store;
 pub mod telemetry;

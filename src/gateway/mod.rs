@@ -1,0 +1,236 @@
+//! The algorithm: get and write, in plain steps. The only module that knows both the caches and the queue.
+//!
+//! Owns the order in which tiers are asked (`read`) and told (`write`), and stamping. Does not own how a tier works: each refuses what is
+//! not newer, so every overlay of two tiers here is a maximum by version and nothing else orders anything.
+//!
+//! Invariants, which make a late landing of an older copy impossible within the process:
+//! - a reader registers its flight before it looks at the slower tiers; a writer makes its write visible in the slower tiers (the
+//!   store or pending, and Redis) before it detaches the key's flight, and lands in L1 after that;
+//! - pending is read before the store, so an entry that drains in between is found in one of them.
+//!
+//! Cancellation: a read's future may be dropped at any await; the load that it leads runs in a task of its own. A write's future may
+//! be dropped until it is admitted (nothing happened); from then on it runs in a task of its own, and only the answer is lost.
+
+mod read;
+#[cfg(test)]
+pub(crate) mod tests;
+mod write;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::{
+    sync::Semaphore,
+    task::JoinError,
+    time::{Instant, timeout_at},
+};
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    cache::{
+        Copy, Loaded,
+        flight::Flights,
+        lifetime,
+        memory::Memory,
+        redis::{self, RedisCache},
+    },
+    clock::Clock,
+    error::{Error, ErrorKind},
+    model::{Entry, Key, Source, Timestamp, Version},
+    namespace::{Namespaces, WriteMode},
+    queue::Queue,
+    store::{commit::GroupCommit, load::GroupLoad},
+    telemetry::{CacheMetrics, calls::ThreadCounters},
+};
+
+/// How many background renewals of cached copies may run at a time: more would compete with the reads that wait.
+const REFRESHES_MAX: usize = 64;
+
+/// Which copies may answer a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadConsistency {
+    /// Any tier.
+    Cached,
+    /// Every tier but L1.
+    Shared,
+    /// The store, overlaid with this replica's pending writes.
+    Store,
+}
+
+/// What a write rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Committed in the store.
+    Store,
+    /// In this process's memory.
+    Memory,
+}
+
+/// A read's answer.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The entry, if there is a live record.
+    pub entry: Option<Entry>,
+    /// Who knew.
+    pub source: Source,
+    /// How long ago the copy was known to be current.
+    pub age: Duration,
+}
+
+/// A checked write.
+#[derive(Debug)]
+pub struct WriteRequest {
+    /// What is written.
+    pub key: Key,
+    /// The value; `None` deletes.
+    pub value: Option<Bytes>,
+    /// How long the record exists.
+    pub ttl: Option<Duration>,
+    /// When to answer; `None`: as the namespace is configured.
+    pub mode: Option<WriteMode>,
+}
+
+/// A write's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// The version that it got.
+    pub version: Version,
+    /// What it rests on.
+    pub durability: Durability,
+}
+
+/// Permits of background renewals of cached copies.
+#[derive(Debug, Clone)]
+pub struct Refreshes(Arc<Semaphore>);
+
+impl Default for Refreshes {
+    fn default() -> Refreshes {
+        Refreshes(Arc::new(Semaphore::new(REFRESHES_MAX)))
+    }
+}
+
+/// What the gateways of all serving threads share.
+#[derive(Clone)]
+pub struct GatewayParts {
+    /// Time and stamps.
+    pub clock: Arc<Clock>,
+    /// The settings of namespaces.
+    pub namespaces: Arc<Namespaces>,
+    /// L1.
+    pub memory: Arc<Memory>,
+    /// The loads under way.
+    pub flights: Arc<Flights>,
+    /// Write-behind.
+    pub queue: Queue,
+    /// Write-through.
+    pub commits: GroupCommit,
+    /// Misses.
+    pub loads: GroupLoad,
+    /// L2, if there is one: its settings, and where it is.
+    pub redis: Option<(redis::Config, redis::Server)>,
+    /// What the caches count.
+    pub metrics: CacheMetrics,
+    /// Permits of background renewals.
+    pub refreshes: Refreshes,
+    /// How long a load that a read leads may take: it serves those who join it, so it does not end with its first caller.
+    pub load_wait: Duration,
+}
+
+/// The gateway of one thread: a cheap handle.
+#[derive(Clone)]
+pub struct Gateway {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    parts: GatewayParts,
+    /// This thread's own connection.
+    redis: Option<RedisCache>,
+    counters: Arc<ThreadCounters>,
+    /// Loads and admitted writes, which outlive their calls.
+    tasks: TaskTracker,
+}
+
+impl Gateway {
+    /// A gateway whose tasks and Redis connection live on the current runtime.
+    pub fn on_this_thread(parts: &GatewayParts, counters: Arc<ThreadCounters>) -> Gateway {
+        let redis = parts.redis.as_ref();
+        let redis = redis.map(|(config, server)| RedisCache::start(config, server, parts.metrics.clone()));
+        Gateway {
+            inner: Arc::new(Inner {
+                parts: parts.clone(),
+                redis,
+                counters,
+                tasks: TaskTracker::new(),
+            }),
+        }
+    }
+
+    /// Reads a key.
+    ///
+    /// # Errors
+    /// `Unavailable` when only the store could answer and cannot, `Overloaded` when too many loads wait, `Timeout`.
+    pub async fn get(&self, key: &Key, consistency: ReadConsistency, deadline: Instant) -> Result<Found, Error> {
+        let look = async {
+            match consistency {
+                ReadConsistency::Cached => self.get_cached(key, deadline).await,
+                ReadConsistency::Shared => self.get_shared(key, deadline).await,
+                ReadConsistency::Store => self.get_stored(key, None, deadline).await,
+            }
+        };
+        let Loaded { copy, source } = timeout_at(deadline, look)
+            .await
+            .map_err(|_| Error::new(ErrorKind::Timeout, "the deadline passed before a tier answered"))??;
+        self.inner.counters.answered(source);
+        let now = self.parts().clock.now();
+        Ok(Found {
+            entry: copy.entry.filter(|entry| entry.is_live(now)),
+            source,
+            age: now.since(copy.loaded_at),
+        })
+    }
+
+    /// Removes a version from the caches, where it still stands: the store did not take it. From the slower tier to the faster, as a
+    /// write lands: a load that begins after the detachment no longer finds it.
+    pub async fn forget(&self, key: &Key, version: Version) {
+        if let Some(redis) = &self.inner.redis {
+            // A failure leaves a copy that ends with its lifetime; the link has counted and logged it.
+            let _ = redis.drop_version(key, version).await;
+        }
+        self.parts().flights.detach(key);
+        self.parts().memory.drop_version(key, version);
+    }
+
+    /// Waits until the tasks that outlive their calls have ended. No call may begin any more.
+    pub async fn finish(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    /// A copy of an entry, current at `loaded_at`. That of a record that expires soon says so only for as long as an absence is cached.
+    fn copy_of(&self, key: &Key, entry: Option<Entry>, loaded_at: Timestamp) -> Copy {
+        let settings = self.parts().namespaces.get(key.namespace());
+        let live = entry
+            .as_ref()
+            .is_some_and(|entry| entry.is_live(self.parts().clock.now()));
+        let expires_at = entry.as_ref().and_then(|entry| entry.expires_at).filter(|_| live);
+        let mut copy = Copy::new(entry, loaded_at, lifetime(settings.lifetime_of(live)));
+        if let Some(expires_at) = expires_at {
+            copy.fresh_until = copy.fresh_until.min(expires_at.after(settings.absence_lifetime));
+        }
+        copy
+    }
+
+    /// Whether this thread's connection to Redis is up; `None` where no Redis is configured.
+    pub fn redis_is_up(&self) -> Option<bool> {
+        self.inner.redis.as_ref().map(RedisCache::is_up)
+    }
+
+    fn parts(&self) -> &GatewayParts {
+        &self.inner.parts
+    }
+}
+
+fn died(error: JoinError) -> Error {
+    Error::new(ErrorKind::Internal, "the gateway failed in the middle of the call").because(error)
+}

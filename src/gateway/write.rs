@@ -1,0 +1,170 @@
+//! Writing: stamp, make it durable at its level, and tell every tier above.
+//!
+//! Owns the two ways of a write and the order in which tiers are told. Does not own commits (`store::commit`), admission and draining
+//! (the queue). A write's future may be dropped until it is admitted, and nothing has happened; from then on it runs in a task of its
+//! own, to its end.
+
+use std::{future::Future, time::Duration};
+
+use bytes::Bytes;
+use tokio::time::{Instant, timeout_at};
+
+use super::{Durability, Gateway, WriteRequest, Written, died};
+use crate::{
+    cache::Copy,
+    error::{Error, ErrorKind},
+    model::{Entry, Key, Timestamp, Version, Write, weight},
+    namespace::WriteMode,
+    queue::{Admission, Permit},
+    store::Committed,
+};
+
+/// How long after its deadline a write's own, more exact, word about it is waited for.
+const LAST_WORD_WAIT: Duration = Duration::from_millis(50);
+
+/// A write that has no version yet.
+struct Draft {
+    key: Key,
+    value: Option<Bytes>,
+    expires_at: Option<Timestamp>,
+    deadline: Instant,
+}
+
+impl Draft {
+    fn stamped(&self, version: Version) -> Write {
+        Write {
+            key: self.key.clone(),
+            entry: Entry {
+                version,
+                value: self.value.clone(),
+                expires_at: self.expires_at,
+            },
+        }
+    }
+}
+
+impl Gateway {
+    /// Writes a key, or deletes it.
+    ///
+    /// # Errors
+    /// `Rejected` when the store refuses the record for good, `Overloaded` when the queue is full and the namespace rejects,
+    /// `Unavailable`, `Timeout`; each says whether the write may still take effect.
+    pub async fn write(&self, request: WriteRequest, deadline: Instant) -> Result<Written, Error> {
+        let settings = self.parts().namespaces.get(request.key.namespace());
+        let mode = request.mode.unwrap_or(settings.write_mode);
+        let draft = Draft {
+            expires_at: request.ttl.map(|ttl| self.parts().clock.now().after(ttl)),
+            key: request.key,
+            value: request.value,
+            deadline,
+        };
+        if mode == WriteMode::Through {
+            return self.write_through(draft).await;
+        }
+        // Nothing has happened before this is granted: a caller that goes away while it waits has written nothing.
+        let weight = weight(&draft.key, draft.value.as_ref());
+        match self.parts().queue.admit(weight, settings.queue_full, deadline).await? {
+            Admission::Granted(permit) => self.write_behind(draft, permit, settings.write_delay).await,
+            Admission::WriteThrough => self.write_through(draft).await,
+        }
+    }
+
+    async fn write_through(&self, draft: Draft) -> Result<Written, Error> {
+        let (gateway, deadline) = (self.clone(), draft.deadline);
+        self.detached(deadline, async move { gateway.commit(draft).await })
+            .await
+    }
+
+    /// Stamp, commit, and stamp anew while something newer stands: then tell the tiers above the store.
+    async fn commit(&self, draft: Draft) -> Result<Written, Error> {
+        let parts = self.parts();
+        let mut write = draft.stamped(self.stamp(&draft.key, None)?);
+        while let Committed::Superseded { standing } = parts.commits.commit(write.clone(), draft.deadline).await? {
+            write.entry.version = self.stamp(&draft.key, Some(standing))?;
+        }
+        parts.queue.overtake(&write.key, write.entry.version);
+        let copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
+        self.publish(&write, &copy).await;
+        self.land_in_memory(&write.key, copy);
+        Ok(Written {
+            version: write.entry.version,
+            durability: Durability::Store,
+        })
+    }
+
+    async fn write_behind(&self, draft: Draft, permit: Permit, write_delay: Duration) -> Result<Written, Error> {
+        let (gateway, deadline) = (self.clone(), draft.deadline);
+        self.detached(
+            deadline,
+            async move { gateway.accept(draft, permit, write_delay).await },
+        )
+        .await
+    }
+
+    /// Stamp, publish, and stamp anew while another replica's newer write stands in Redis: then it is pending, and so accepted.
+    async fn accept(&self, draft: Draft, permit: Permit, write_delay: Duration) -> Result<Written, Error> {
+        let parts = self.parts();
+        let passage = parts.queue.enter(&draft.key);
+        let mut write = draft.stamped(self.stamp(&draft.key, None)?);
+        // The journal's place is here: durable, then visible.
+        let mut copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
+        while let Some(standing) = self.publish(&write, &copy).await {
+            // A newer write of this replica was concurrent with this one, which is thus written and superseded.
+            if standing <= write.entry.version || parts.clock.stamped_since(standing) {
+                break;
+            }
+            if Instant::now() >= draft.deadline {
+                let message = "the deadline passed before the write was accepted";
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+            write.entry.version = self.stamp(&draft.key, Some(standing))?;
+            copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
+        }
+        let (key, version) = (write.key.clone(), write.entry.version);
+        parts.queue.accept(write, permit, passage, write_delay);
+        self.land_in_memory(&key, copy);
+        Ok(Written {
+            version,
+            durability: Durability::Memory,
+        })
+    }
+
+    /// A version above everything known to stand on the key.
+    fn stamp(&self, key: &Key, standing: Option<Version>) -> Result<Version, Error> {
+        let parts = self.parts();
+        let pending = parts.queue.pending(key).map(|pending| pending.version);
+        let known = standing.max(pending).max(parts.memory.version(key));
+        let stamped = parts.clock.stamp(known);
+        stamped.map_err(|lapsed| Error::new(ErrorKind::Unavailable, lapsed.to_string()))
+    }
+
+    /// Offers a write to Redis. The version that stands there now; `None` where there is no Redis, or no answer.
+    async fn publish(&self, write: &Write, copy: &Copy) -> Option<Version> {
+        let redis = self.inner.redis.as_ref()?;
+        let landing = redis.land(&write.key, &write.entry, copy.loaded_at, copy.lifetime());
+        landing.await.ok()
+    }
+
+    /// The last step of a write: from here on a load that began before it cannot land.
+    fn land_in_memory(&self, key: &Key, copy: Copy) {
+        let parts = self.parts();
+        parts.flights.detach(key);
+        parts.memory.land(key, copy);
+    }
+
+    /// Runs an admitted write in a task of its own: a client that hangs up cancels its wait, not the write.
+    async fn detached(
+        &self,
+        deadline: Instant,
+        write: impl Future<Output = Result<Written, Error>> + Send + 'static,
+    ) -> Result<Written, Error> {
+        let write = self.inner.tasks.spawn(write);
+        match timeout_at(deadline + LAST_WORD_WAIT, write).await {
+            Ok(ended) => ended.map_err(|error| died(error).unknown())?,
+            Err(_) => {
+                let message = "the deadline passed while the write was under way";
+                Err(Error::new(ErrorKind::Timeout, message).unknown())
+            }
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! One client connection: HTTP/2 with bounds on everything a peer can make us hold.
+//!
+//! Owns the connection's protocol settings and its end. Does not own accepting (`rpc/serve.rs`) or calls (`rpc/router.rs`).
+//! Invariant: a connection that says nothing, or stops answering pings, is closed within a bound.
+
+use std::{pin::pin, time::Duration};
+
+use hyper::{rt::Executor, server::conn::http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::rpc::router::Router;
+
+/// What an HTTP/2 client says first.
+const PREFACE_BYTES: usize = 24;
+/// How long it may take to say it.
+const PREFACE_WAIT: Duration = Duration::from_secs(10);
+/// Between looks at a preface that came in part, which no honest client sends.
+const PREFACE_POLL: Duration = Duration::from_millis(50);
+/// Flow control: one value of the default limit may be under way on a stream, and several on a connection.
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+/// A gRPC request has a dozen short headers.
+const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
+/// After which silence a connection is asked whether it lives, and how long it has to answer.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_WAIT: Duration = Duration::from_secs(10);
+
+/// Runs a connection's tasks where the connection runs: on its serving thread.
+#[derive(Clone, Copy)]
+struct ServingThread;
+
+impl<F> Executor<F> for ServingThread
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    fn execute(&self, task: F) {
+        tokio::spawn(task);
+    }
+}
+
+/// Serves a connection until it ends, or, once `stop` is cancelled, until its calls have been answered.
+pub(crate) async fn serve(stream: TcpStream, router: Router, streams_max: u32, stop: CancellationToken) {
+    tokio::select! {
+        opened = opened(&stream) => if !opened { return },
+        () = stop.cancelled() => return,
+    }
+    let connection = http2::Builder::new(ServingThread)
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(streams_max)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_WAIT)
+        .serve_connection(TokioIo::new(stream), router);
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+/// Whether the client's preface arrived in time: hyper itself waits for it without end.
+async fn opened(stream: &TcpStream) -> bool {
+    let mut preface = [0; PREFACE_BYTES];
+    let arrival = async {
+        loop {
+            match stream.peek(&mut preface).await {
+                Ok(0) | Err(_) => return false,
+                Ok(PREFACE_BYTES) => return true,
+                Ok(_) => sleep(PREFACE_POLL).await,
+            }
+        }
+    };
+    timeout(PREFACE_WAIT, arrival).await.unwrap_or(false)
+}

@@ -1,0 +1,295 @@
+//! Proto to model and back: all validation of what callers send.
+//!
+//! Owns which field breaks which rule, and says all of them at once. Decides nothing else. Invariant: what leaves here towards the
+//! gateway is valid; a request that is not changes nothing.
+
+use std::{borrow::Cow, time::Duration};
+
+use bytes::Bytes;
+use prost_types::Timestamp as ProtoTimestamp;
+
+use crate::{
+    error::{Error, FieldViolation},
+    gateway::{Durability, Found, ReadConsistency, WriteRequest, Written},
+    model::{Key, Source, Timestamp},
+    namespace::WriteMode,
+    rpc::proto,
+};
+
+/// The longest ttl: a hundred years of days. A longer one is a mistake of units.
+const TTL_DAYS_MAX: u64 = 36_525;
+const TTL_MAX: Duration = Duration::from_secs(TTL_DAYS_MAX * 24 * 3600);
+
+/// Values from this size on keep the buffer they were received in: it was grown for them. Smaller ones are copied, for a slice of
+/// a shared buffer would keep all of it.
+const KEEP_BUFFER_BYTES: usize = 16 * 1024;
+
+pub(crate) fn get(request: &proto::GetRequest) -> Result<(Key, ReadConsistency), Error> {
+    let mut violations = Vec::new();
+    let key = key(&request.namespace, &request.key, &mut violations);
+    let consistency = consistency(request.consistency, &mut violations);
+    match (key, consistency) {
+        (Some(key), Some(consistency)) => Ok((key, consistency)),
+        _ => Err(Error::invalid(violations)),
+    }
+}
+
+pub(crate) fn put(request: proto::PutRequest, value_bytes_max: usize) -> Result<WriteRequest, Error> {
+    let mut violations = Vec::new();
+    let key = key(&request.namespace, &request.key, &mut violations);
+    if request.value.len() > value_bytes_max {
+        let description = format!("must have at most {value_bytes_max} bytes, has {}", request.value.len());
+        violate(&mut violations, "value", description);
+    }
+    let mode = write_mode(request.write_mode, &mut violations);
+    let ttl = request.ttl.and_then(|ttl| duration(ttl, &mut violations));
+    match key {
+        Some(key) if violations.is_empty() => Ok(WriteRequest {
+            key,
+            value: Some(own(request.value)),
+            ttl,
+            mode,
+        }),
+        _ => Err(Error::invalid(violations)),
+    }
+}
+
+pub(crate) fn delete(request: &proto::DeleteRequest) -> Result<WriteRequest, Error> {
+    let mut violations = Vec::new();
+    let key = key(&request.namespace, &request.key, &mut violations);
+    let mode = write_mode(request.write_mode, &mut violations);
+    match key {
+        Some(key) if violations.is_empty() => Ok(WriteRequest {
+            key,
+            value: None,
+            ttl: None,
+            mode,
+        }),
+        _ => Err(Error::invalid(violations)),
+    }
+}
+
+pub(crate) fn get_response(found: Found) -> proto::GetResponse {
+    let source = match found.source {
+        Source::L1 => proto::Source::L1,
+        Source::Pending => proto::Source::Pending,
+        Source::L2 => proto::Source::L2,
+        Source::Store => proto::Source::Store,
+    };
+    proto::GetResponse {
+        entry: found.entry.and_then(|entry| {
+            Some(proto::Entry {
+                value: entry.value?,
+                version: entry.version.get(),
+                expire_time: entry.expires_at.map(timestamp),
+            })
+        }),
+        source: source.into(),
+        // A copy's age is far below the range of a proto Duration.
+        age: prost_types::Duration::try_from(found.age).ok(),
+    }
+}
+
+pub(crate) fn put_response(written: Written) -> proto::PutResponse {
+    proto::PutResponse {
+        version: written.version.get(),
+        durability: durability(written.durability).into(),
+    }
+}
+
+pub(crate) fn delete_response(written: Written) -> proto::DeleteResponse {
+    proto::DeleteResponse {
+        version: written.version.get(),
+        durability: durability(written.durability).into(),
+    }
+}
+
+fn durability(durability: Durability) -> proto::Durability {
+    match durability {
+        Durability::Store => proto::Durability::Store,
+        Durability::Memory => proto::Durability::Memory,
+    }
+}
+
+fn timestamp(time: Timestamp) -> ProtoTimestamp {
+    ProtoTimestamp {
+        seconds: time.0.div_euclid(1000),
+        // Below a thousand million.
+        nanos: (time.0.rem_euclid(1000) * 1_000_000) as i32,
+    }
+}
+
+fn key(namespace: &str, key: &str, violations: &mut Vec<FieldViolation>) -> Option<Key> {
+    Key::new(namespace, key)
+        .map_err(|invalid| {
+            if let Some(description) = invalid.namespace {
+                violate(violations, "namespace", description);
+            }
+            if let Some(description) = invalid.key {
+                violate(violations, "key", description);
+            }
+        })
+        .ok()
+}
+
+fn consistency(number: i32, violations: &mut Vec<FieldViolation>) -> Option<ReadConsistency> {
+    match proto::ReadConsistency::try_from(number) {
+        Ok(proto::ReadConsistency::Unspecified | proto::ReadConsistency::Cached) => Some(ReadConsistency::Cached),
+        Ok(proto::ReadConsistency::Shared) => Some(ReadConsistency::Shared),
+        Ok(proto::ReadConsistency::Store) => Some(ReadConsistency::Store),
+        Err(_) => {
+            violate(violations, "consistency", format!("has no value {number}"));
+            None
+        }
+    }
+}
+
+fn write_mode(number: i32, violations: &mut Vec<FieldViolation>) -> Option<WriteMode> {
+    match proto::WriteMode::try_from(number) {
+        Ok(proto::WriteMode::Unspecified) => None,
+        Ok(proto::WriteMode::Through) => Some(WriteMode::Through),
+        Ok(proto::WriteMode::Behind) => Some(WriteMode::Behind),
+        Err(_) => {
+            violate(violations, "write_mode", format!("has no value {number}"));
+            None
+        }
+    }
+}
+
+/// A ttl, rounded up to a millisecond: a record must not vanish sooner than it was promised.
+fn duration(ttl: prost_types::Duration, violations: &mut Vec<FieldViolation>) -> Option<Duration> {
+    let ill_formed = !(-999_999_999..=999_999_999).contains(&ttl.nanos)
+        || (ttl.seconds > 0 && ttl.nanos < 0)
+        || (ttl.seconds < 0 && ttl.nanos > 0);
+    if ill_formed {
+        violate(
+            violations,
+            "ttl",
+            "nanos must be within a second and have the sign of seconds",
+        );
+        return None;
+    }
+    if ttl.seconds < 0 || ttl.nanos < 0 || (ttl.seconds == 0 && ttl.nanos == 0) {
+        violate(
+            violations,
+            "ttl",
+            "must be more than zero; leave it out for a record without expiry",
+        );
+        return None;
+    }
+    let duration = Duration::new(ttl.seconds.unsigned_abs(), ttl.nanos.unsigned_abs());
+    if duration > TTL_MAX {
+        violate(violations, "ttl", format!("must be at most {TTL_DAYS_MAX} days"));
+        return None;
+    }
+    let millis = duration.as_nanos().div_ceil(1_000_000);
+    Some(Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)))
+}
+
+fn own(value: Bytes) -> Bytes {
+    if value.len() < KEEP_BUFFER_BYTES {
+        Bytes::copy_from_slice(&value)
+    } else {
+        value
+    }
+}
+
+fn violate(violations: &mut Vec<FieldViolation>, field: &'static str, description: impl Into<Cow<'static, str>>) {
+    violations.push(FieldViolation {
+        field,
+        description: description.into(),
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put_request() -> proto::PutRequest {
+        proto::PutRequest {
+            namespace: "orders".into(),
+            key: "k".into(),
+            value: Bytes::from_static(b"v"),
+            ..proto::PutRequest::default()
+        }
+    }
+
+    fn fields(error: &Error) -> Vec<&'static str> {
+        error.violations().iter().map(|violation| violation.field).collect()
+    }
+
+    fn ttl(seconds: i64, nanos: i32) -> Result<WriteRequest, Error> {
+        let ttl = Some(prost_types::Duration { seconds, nanos });
+        put(proto::PutRequest { ttl, ..put_request() }, 10)
+    }
+
+    #[test]
+    fn every_field_at_fault_is_named_at_once() {
+        let request = proto::PutRequest {
+            namespace: "Orders".into(),
+            key: "a\0b".into(),
+            value: Bytes::from_static(b"12345678901"),
+            write_mode: 7,
+            ttl: Some(prost_types::Duration { seconds: -1, nanos: 0 }),
+        };
+        let error = put(request, 10).expect_err("all wrong");
+        assert_eq!(fields(&error), ["namespace", "key", "value", "write_mode", "ttl"]);
+    }
+
+    #[test]
+    fn a_ttl_is_positive_well_formed_and_within_a_century() {
+        for (seconds, nanos) in [
+            (0, 0),
+            (-1, 0),
+            (0, -1),
+            (1, -1),
+            (1, 1_000_000_000),
+            (i64::MAX, 0),
+            (i64::MIN, 0),
+        ] {
+            assert_eq!(
+                fields(&ttl(seconds, nanos).expect_err("bad")),
+                ["ttl"],
+                "{seconds} {nanos}"
+            );
+        }
+        let max = i64::try_from(TTL_MAX.as_secs()).expect("fits");
+        assert!(ttl(max, 0).is_ok() && ttl(max, 1).is_err());
+    }
+
+    #[test]
+    fn a_ttl_is_rounded_up_to_a_millisecond() {
+        assert_eq!(ttl(0, 1).expect("valid").ttl, Some(Duration::from_millis(1)));
+        assert_eq!(
+            ttl(1, 1_000_001).expect("valid").ttl,
+            Some(Duration::from_millis(1_002))
+        );
+    }
+
+    #[test]
+    fn an_empty_value_is_a_value_and_a_delete_has_none() {
+        let empty = proto::PutRequest {
+            value: Bytes::new(),
+            ..put_request()
+        };
+        assert_eq!(put(empty, 10).expect("valid").value, Some(Bytes::new()));
+        let request = proto::DeleteRequest {
+            namespace: "a".into(),
+            key: "b".into(),
+            write_mode: 2,
+        };
+        let write = delete(&request).expect("valid");
+        assert_eq!((write.value, write.mode), (None, Some(WriteMode::Behind)));
+    }
+
+    #[test]
+    fn times_before_1970_keep_positive_nanos() {
+        assert_eq!(
+            timestamp(Timestamp(-1)),
+            ProtoTimestamp {
+                seconds: -1,
+                nanos: 999_000_000
+            }
+        );
+    }
+}

@@ -1,0 +1,23 @@
+//! The gRPC face: `tidegate.v1`, health and reflection.
+//!
+//! Owns threads, connections, validation of input and the statuses of failures. Decides nothing about records: that is
+//! [`crate::gateway`]. In the order of a call: [`serve`] (threads, acceptor), `connection` (HTTP/2 and its bounds), `router` (path to service,
+//! counting), `arrival` (a body's deadline), [`codec`], `service` (the methods), `convert` (validation), [`status`] (failures).
+
+mod arrival;
+pub mod codec;
+mod connection;
+mod convert;
+mod router;
+pub mod serve;
+mod service;
+pub mod status;
+
+/// The generated code of `tidegate.v1`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+pub mod proto {
+    tonic::include_proto!("tidegate.v1");
+
+    /// The descriptors of the contract, for server reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tidegate_descriptor.bin"));
+}

@@ -1,0 +1,234 @@
+//! One connection's way from a path to a service, and what is said about every call whichever service answers it.
+//!
+//! Owns the table of services, the counting of calls, and the statuses of requests that fail before a handler sees them. Routes by
+//! a plain match: the generic routers box each call once more. Invariant: INTERNAL leaves here only with our own details, so it always
+//! means a fault of ours.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header::CONTENT_TYPE};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tonic::{Code, Status, body::Body, codegen::Service};
+use tonic_health::{pb::health_server::HealthServer, server::HealthService};
+
+use crate::{
+    error::{Error, ErrorKind},
+    rpc::{
+        arrival::Arrival,
+        proto::gateway_server::GatewayServer,
+        service::{CallLimits, GatewayService},
+        status::to_status,
+    },
+    telemetry::calls::{Method, ThreadCounters},
+};
+
+/// A call on its way.
+pub(crate) type Call = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
+
+/// A service whose type cannot be named.
+pub(crate) type ErasedService = Arc<dyn Fn(Request<Incoming>) -> Call + Send + Sync>;
+
+/// Hides a service's type.
+pub(crate) fn erase<S>(service: S) -> ErasedService
+where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = std::convert::Infallible>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    Arc::new(move |request| {
+        let mut service = service.clone();
+        Box::pin(async move {
+            match service.call(request).await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            }
+        })
+    })
+}
+
+/// Server reflection, in the two versions that tools speak.
+#[derive(Clone)]
+pub(crate) struct Reflection {
+    pub(crate) v1: ErasedService,
+    pub(crate) v1alpha: ErasedService,
+}
+
+/// The services of one serving thread.
+#[derive(Clone)]
+pub(crate) struct Router {
+    pub(crate) gateway: GatewayServer<GatewayService>,
+    pub(crate) health: HealthServer<HealthService>,
+    pub(crate) reflection: Option<Reflection>,
+    pub(crate) counters: Arc<ThreadCounters>,
+    pub(crate) limits: CallLimits,
+    pub(crate) message_bytes_max: usize,
+}
+
+impl Router {
+    fn route(&self, request: Request<Incoming>) -> (Method, Call) {
+        if let Some(refusal) = not_grpc(&request) {
+            return (Method::Other, Box::pin(std::future::ready(refusal)));
+        }
+        let path = request.uri().path();
+        let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
+            return (Method::Other, unimplemented());
+        };
+        match service {
+            "tidegate.v1.Gateway" => {
+                let method = match method {
+                    "Get" => Method::Get,
+                    "Put" => Method::Put,
+                    "Delete" => Method::Delete,
+                    _ => Method::Other,
+                };
+                (method, answer(self.gateway.clone().call(self.bounded(request))))
+            }
+            "grpc.health.v1.Health" => (Method::Other, answer(self.health.clone().call(self.bounded(request)))),
+            "grpc.reflection.v1.ServerReflection" => (Method::Other, self.reflect(|services| &services.v1, request)),
+            "grpc.reflection.v1alpha.ServerReflection" => {
+                (Method::Other, self.reflect(|services| &services.v1alpha, request))
+            }
+            _ => (Method::Other, unimplemented()),
+        }
+    }
+
+    /// The request with its deadline, before which its body has to have arrived.
+    fn bounded(&self, mut request: Request<Incoming>) -> Request<Arrival> {
+        let deadline = self.limits.deadline(request.headers());
+        request.extensions_mut().insert(deadline);
+        request.map(|body| Arrival::new(body, deadline.0))
+    }
+
+    fn reflect(&self, version: impl Fn(&Reflection) -> &ErasedService, request: Request<Incoming>) -> Call {
+        match &self.reflection {
+            Some(services) => version(services)(request),
+            None => unimplemented(),
+        }
+    }
+}
+
+impl hyper::service::Service<Request<Incoming>> for Router {
+    type Response = Response<Body>;
+    type Error = std::convert::Infallible;
+    type Future = CountedCall;
+
+    fn call(&self, request: Request<Incoming>) -> CountedCall {
+        let started = Instant::now();
+        let (method, call) = self.route(request);
+        self.counters.begin(method);
+        CountedCall {
+            call,
+            method,
+            started,
+            counters: Arc::clone(&self.counters),
+            message_bytes_max: self.message_bytes_max,
+            answered: false,
+        }
+    }
+}
+
+/// A call that counts itself: by the code of its answer, or as CANCELLED when its client went away first.
+pub(crate) struct CountedCall {
+    call: Call,
+    method: Method,
+    started: Instant,
+    counters: Arc<ThreadCounters>,
+    message_bytes_max: usize,
+    answered: bool,
+}
+
+impl Future for CountedCall {
+    type Output = Result<Response<Body>, std::convert::Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let Poll::Ready(response) = self.call.as_mut().poll(context) else {
+            return Poll::Pending;
+        };
+        let response = own_status(response, self.message_bytes_max);
+        // An answer without a status in its headers carries it behind its message, and for a unary call that is OK.
+        let code = status_code(response.headers()).unwrap_or(Code::Ok);
+        self.answered = true;
+        self.counters.call(self.method, code, self.started.elapsed());
+        Poll::Ready(Ok(response))
+    }
+}
+
+impl Drop for CountedCall {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.counters.call(self.method, Code::Cancelled, self.started.elapsed());
+        }
+        self.counters.end(self.method);
+    }
+}
+
+fn answer<F>(call: F) -> Call
+where
+    F: Future<Output = Result<Response<Body>, std::convert::Infallible>> + Send + 'static,
+{
+    Box::pin(async move {
+        match call.await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    })
+}
+
+fn unimplemented() -> Call {
+    let status = Status::unimplemented("no such service or method: server reflection lists what there is");
+    Box::pin(std::future::ready(status.into_http()))
+}
+
+/// What is no gRPC at all is answered in HTTP's terms, as gRPC's HTTP/2 mapping demands.
+fn not_grpc(request: &Request<Incoming>) -> Option<Response<Body>> {
+    let content_type = request
+        .headers()
+        .get(CONTENT_TYPE)
+        .map_or(&b""[..], |value| value.as_bytes());
+    let status = if request.method() != HttpMethod::POST {
+        StatusCode::METHOD_NOT_ALLOWED
+    } else if !content_type.starts_with(b"application/grpc") || content_type.starts_with(b"application/grpc-web") {
+        StatusCode::UNSUPPORTED_MEDIA_TYPE
+    } else {
+        return None;
+    };
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    Some(response)
+}
+
+/// tonic answers what it cannot read itself, with codes that blame the server (INTERNAL) or mean something else (OUT_OF_RANGE).
+/// Such answers have no details; ours always do.
+fn own_status(response: Response<Body>, message_bytes_max: usize) -> Response<Body> {
+    let headers = response.headers();
+    if headers.contains_key(Status::GRPC_STATUS_DETAILS) {
+        return response;
+    }
+    let error = match status_code(headers) {
+        Some(Code::OutOfRange) => Error::new(
+            ErrorKind::TooLarge,
+            format!("the request is larger than the {message_bytes_max} bytes that this server reads: send less"),
+        ),
+        Some(Code::Internal | Code::Unknown) => Error::new(
+            ErrorKind::Invalid,
+            "the request is no complete gRPC message: check its length prefix, its compression flag and its encoding",
+        ),
+        _ => return response,
+    };
+    to_status(error).into_http()
+}
+
+fn status_code(headers: &HeaderMap) -> Option<Code> {
+    headers
+        .get(Status::GRPC_STATUS)
+        .map(|value| Code::from_bytes(value.as_bytes()))
+}
