@@ -9,16 +9,23 @@
 //! - [`cache`]: copies for reading. L1 in memory, Redis, one load per missing key.
 //! - [`queue`]: writes accepted and not yet in the store, and their drain.
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
+//! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it.
 
 pub mod backoff;
 pub mod cache;
 pub mod clock;
+pub mod config;
+pub mod data_dir;
 pub mod error;
 pub mod gateway;
+pub mod health;
 pub mod model;
 pub mod namespace;
+pub mod operations;
 pub mod queue;
 pub mod rpc;
 pub mod settings;
+pub mod shutdown;
+pub mod start;
 pub mod store;
 pub mod telemetry;

@@ -1,0 +1,197 @@
+//! Health: what orchestrators are told, by gRPC and by HTTP.
+//!
+//! Owns the meaning of healthy. The gateway itself (`""` and `tidegate.v1.Gateway`) is serving unless it is shutting down or cannot
+//! stamp versions: a dead store must not take every replica out of rotation while caches and write-behind can serve. The
+//! dependencies have names of their own, `tidegate.store` and `tidegate.cache`. Does not own the probing: the store's breaker
+//! and the Redis link know.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{sync::Mutex, time::sleep};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{clock::Clock, gateway::Gateway, store::Store};
+
+/// The gateway's own services, as health checks name them.
+const OWN_SERVICES: [&str; 2] = ["", "tidegate.v1.Gateway"];
+const STORE_SERVICE: &str = "tidegate.store";
+const CACHE_SERVICE: &str = "tidegate.cache";
+
+/// How long a change may take to show.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// The state of the gateway and of what it depends on.
+#[derive(Clone)]
+pub struct Health {
+    store: Store,
+    /// The background runtime's, for its connection to Redis.
+    background: Gateway,
+    clock: Arc<Clock>,
+    stopping: Arc<AtomicBool>,
+    reporter: HealthReporter,
+    /// What the reporter was told last. Held from looking to telling, so that what is told last is what was seen last.
+    reported: Arc<Mutex<Option<Readiness>>>,
+}
+
+/// What `/readyz` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Readiness {
+    /// Whether calls should be sent here.
+    pub ready: bool,
+    store: bool,
+    cache: Option<bool>,
+}
+
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = |up: bool| if up { "up" } else { "down" };
+        let cache = self.cache.map_or("none", word);
+        let gateway = if self.ready { "ready" } else { "not ready" };
+        writeln!(f, "{gateway}\nstore: {}\ncache: {cache}", word(self.store))
+    }
+}
+
+impl Health {
+    /// Health of a gateway over a store.
+    pub fn new(store: Store, background: Gateway, clock: Arc<Clock>) -> Health {
+        Health {
+            store,
+            background,
+            clock,
+            stopping: Arc::new(AtomicBool::new(false)),
+            reporter: HealthReporter::new(),
+            reported: Arc::default(),
+        }
+    }
+
+    /// Where the gRPC health service gets its answers.
+    pub fn reporter(&self) -> &HealthReporter {
+        &self.reporter
+    }
+
+    /// The state now.
+    pub fn readiness(&self) -> Readiness {
+        Readiness {
+            ready: !self.stopping.load(Ordering::Relaxed) && self.clock.is_leased(),
+            store: !self.store.breaker().is_open(),
+            cache: self.background.redis_is_up(),
+        }
+    }
+
+    /// Says for good that the gateway is going: at once, and to those who watch.
+    pub async fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.report().await;
+    }
+
+    /// Keeps the gRPC health service current, for ever.
+    pub async fn keep(self) {
+        loop {
+            self.report().await;
+            sleep(INTERVAL).await;
+        }
+    }
+
+    /// Tells the reporter what has changed: it passes on to those who watch whatever it is told.
+    pub async fn report(&self) {
+        let mut reported = self.reported.lock().await;
+        let readiness = self.readiness();
+        if reported.replace(readiness) == Some(readiness) {
+            return;
+        }
+        for service in OWN_SERVICES {
+            self.reporter.set_service_status(service, status(readiness.ready)).await;
+        }
+        self.reporter
+            .set_service_status(STORE_SERVICE, status(readiness.store))
+            .await;
+        if let Some(cache) = readiness.cache {
+            self.reporter.set_service_status(CACHE_SERVICE, status(cache)).await;
+        }
+    }
+}
+
+fn status(serving: bool) -> ServingStatus {
+    if serving {
+        ServingStatus::Serving
+    } else {
+        ServingStatus::NotServing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Request;
+    use tonic_health::{
+        pb::{HealthCheckRequest, health_check_response::ServingStatus as Wire, health_server::Health as _},
+        server::HealthService,
+    };
+
+    use super::*;
+    use crate::{
+        gateway::tests::{Rig, rig},
+        store::StoreErrorKind,
+    };
+
+    fn health(rig: &Rig) -> Health {
+        Health::new(rig.store.clone(), rig.gateway.clone(), Arc::clone(rig.clock()))
+    }
+
+    /// What a health check is answered; `None`: the service is not known.
+    async fn told(health: &Health, service: &str) -> Option<Wire> {
+        health.report().await;
+        let request = Request::new(HealthCheckRequest {
+            service: service.to_owned(),
+        });
+        let service = HealthService::from_health_reporter(health.reporter().clone());
+        let answer = service.check(request).await;
+        answer.ok().map(|answer| answer.into_inner().status())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_gateway_whose_lease_has_lapsed_is_not_serving_until_it_is_renewed() {
+        let rig = rig(|_| ());
+        let health = health(&rig);
+        let minute = Duration::from_secs(60);
+        rig.clock().lease_until(rig.clock().now().after(minute));
+        for (wait, wanted) in [(Duration::ZERO, Wire::Serving), (minute, Wire::NotServing)] {
+            tokio::time::advance(wait).await;
+            for service in OWN_SERVICES {
+                assert_eq!(told(&health, service).await, Some(wanted), "{service:?}");
+            }
+            assert_eq!(health.readiness().ready, wanted == Wire::Serving);
+            assert_eq!(told(&health, STORE_SERVICE).await, Some(Wire::Serving));
+        }
+        rig.clock().lease_until(rig.clock().now().after(minute));
+        assert_eq!(told(&health, "").await, Some(Wire::Serving));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_is_down_takes_itself_out_of_rotation_and_not_the_gateway() {
+        let rig = rig(|_| ());
+        let health = health(&rig);
+        rig.store.breaker().failed(StoreErrorKind::Unreachable);
+        assert_eq!(told(&health, STORE_SERVICE).await, Some(Wire::NotServing));
+        assert_eq!(told(&health, "").await, Some(Wire::Serving));
+        assert_eq!(told(&health, CACHE_SERVICE).await, None, "there is no Redis");
+        assert_eq!(health.readiness().to_string(), "ready\nstore: down\ncache: none\n");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_gateway_that_stops_says_so_for_good() {
+        let rig = rig(|_| ());
+        let health = health(&rig);
+        health.stop().await;
+        for service in OWN_SERVICES {
+            assert_eq!(told(&health, service).await, Some(Wire::NotServing), "{service:?}");
+        }
+        assert!(!health.readiness().ready);
+    }
+}

@@ -1,0 +1,151 @@
+//! The `tidegate` command: arguments, configuration, log, start, wait, exit code.
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use anyhow::{Context, anyhow};
+use clap::{Parser, Subcommand};
+use tidegate::{
+    config::{Config, Flags},
+    operations,
+    shutdown::StopSignals,
+    start::{Ending, Running},
+    telemetry::start_log,
+};
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// The arguments or the configuration are wrong (EX_USAGE).
+const EXIT_USAGE: u8 = 64;
+/// Something that the gateway needs is not there (EX_UNAVAILABLE).
+const EXIT_UNAVAILABLE: u8 = 69;
+/// A task of the gateway died (EX_SOFTWARE).
+const EXIT_SOFTWARE: u8 = 70;
+/// Stopped with accepted writes that are not in the store, or calls unanswered (EX_TEMPFAIL).
+const EXIT_LEFT_BEHIND: u8 = 75;
+/// Stopped at once, by a second signal.
+const EXIT_AT_ONCE: u8 = 130;
+
+/// A write-behind caching persistence gateway over gRPC.
+#[derive(Parser)]
+#[command(version, about, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve (what happens without a command, too)
+    Serve(Flags),
+    /// Print the effective configuration, secrets masked
+    Config(Flags),
+    /// Exit 0 if the gateway with this configuration is ready
+    Health(Flags),
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version are no errors, and go to standard output. A closed one is nothing to act on.
+            let _ = error.print();
+            return if error.use_stderr() {
+                ExitCode::from(EXIT_USAGE)
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let done = match arguments.command {
+        None => configured(&arguments.flags, serve),
+        Some(Command::Serve(flags)) => configured(&flags, serve),
+        Some(Command::Config(flags)) => configured(&flags, print),
+        Some(Command::Health(flags)) => configured(&flags, health),
+    };
+    done.unwrap_or_else(|error| {
+        say(&mut io::stderr(), &format!("tidegate: {error:#}"));
+        ExitCode::from(EXIT_UNAVAILABLE)
+    })
+}
+
+fn configured(flags: &Flags, run: impl FnOnce(&Config) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    match Config::load(flags) {
+        Ok(config) => run(&config),
+        Err(error) => {
+            say(&mut io::stderr(), &format!("tidegate: {error}"));
+            Ok(ExitCode::from(EXIT_USAGE))
+        }
+    }
+}
+
+fn print(config: &Config) -> anyhow::Result<ExitCode> {
+    let text = toml::to_string(config).context("the configuration cannot be shown")?;
+    say(&mut io::stdout(), text.trim_end());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn health(config: &Config) -> anyhow::Result<ExitCode> {
+    let address = config.operations.listen;
+    let ready = operations::probe(address).with_context(|| format!("no answer from {address}"))?;
+    if ready {
+        Ok(ExitCode::SUCCESS)
+    } else {
+        Err(anyhow!("the gateway at {address} is not ready"))
+    }
+}
+
+fn serve(config: &Config) -> anyhow::Result<ExitCode> {
+    if let Err(error) = start_log(&config.log) {
+        say(&mut io::stderr(), &format!("tidegate: log: {error}"));
+        return Ok(ExitCode::from(EXIT_USAGE));
+    }
+    // Redis and PostgreSQL over TLS take the process's provider. An error says that there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let background = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("background")
+        .enable_all()
+        .build()
+        .context("cannot start the background runtime")?;
+    let code = background.block_on(run(config));
+    // A task that hangs must not keep a process that has said how it ended.
+    background.shutdown_background();
+    code
+}
+
+async fn run(config: &Config) -> anyhow::Result<ExitCode> {
+    let mut signals = StopSignals::listen().context("cannot listen for signals")?;
+    let mut running = tokio::select! {
+        started = Running::start(config) => started?,
+        () = signals.next() => {
+            tracing::info!("stopped before it served");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    let died = tokio::select! {
+        () = signals.next() => false,
+        () = running.background.died() => true,
+    };
+    tokio::select! {
+        ending = running.stop(&config.shutdown) => Ok(ExitCode::from(match ending {
+            _ if died => EXIT_SOFTWARE,
+            Ending::Clean => 0,
+            Ending::LeftBehind => EXIT_LEFT_BEHIND,
+        })),
+        () = signals.next() => {
+            tracing::error!("stopped at once by a second signal, with whatever was under way or pending in memory");
+            Ok(ExitCode::from(EXIT_AT_ONCE))
+        }
+    }
+}
+
+fn say(out: &mut impl Write, line: &str) {
+    // Nobody is left to tell when standard output or error is closed.
+    let _ = writeln!(out, "{line}");
+}

@@ -1,0 +1,403 @@
+//! How the process starts and stops: every part made and joined to the others, from the store up to the port, and taken down again.
+//!
+//! Owns both orders, and is the only place that starts and watches the background's tasks. Invariants: the port opens last, when everything behind
+//! it can work; a part that cannot be made ends the start with one clear line; a background task that ends unasked stops the process; when
+//! stopping, admission closes only after the calls that use it have finished, and what is left is counted and said.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{
+    net::TcpListener,
+    sync::mpsc,
+    task::{JoinError, JoinHandle, JoinSet},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backoff::Backoff,
+    cache::{
+        flight::{FLIGHTS_MAX, Flights},
+        memory::Memory,
+        redis,
+    },
+    clock::Clock,
+    config::{Config, Url},
+    data_dir::{DataDir, DataDirError, random_mark},
+    error::Error,
+    gateway::{Gateway, GatewayParts, Refreshes},
+    health::Health,
+    operations,
+    queue::{Dropped, Left, Queue},
+    rpc::serve::Server,
+    shutdown,
+    store::{
+        Backend, Claimant, Store, StoreError, StoreErrorKind, breaker::Breaker, collect, commit::GroupCommit,
+        load::GroupLoad, node::NodeLease, postgres::Postgres, sqlite::Sqlite, watch,
+    },
+    telemetry::Metrics,
+};
+
+/// Between two tries to reach a store that does not answer yet.
+const CONNECT_RETRY_MIN: Duration = Duration::from_millis(100);
+const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// How long background tasks may take to end once nothing waits for them: the node id is given back then.
+const TASKS_WAIT: Duration = Duration::from_secs(3);
+
+/// Why the gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data directory is not ours to use.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// The store cannot be used, or could not be reached in time.
+    #[error("the store {url} cannot be used")]
+    Store {
+        /// The store, without its password.
+        url: Url,
+        /// Why.
+        source: StoreError,
+    },
+    /// The store leased no node id.
+    #[error("{0}")]
+    Node(Error),
+    /// The Redis URL is none.
+    #[error(transparent)]
+    Redis(#[from] redis::InvalidUrl),
+    /// A port or a thread is not to be had.
+    #[error("cannot serve on {address}")]
+    Serve {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A gateway that serves.
+pub struct Running {
+    /// What orchestrators are told.
+    pub health: Health,
+    /// The gRPC face.
+    pub server: Server,
+    /// Write-behind.
+    pub queue: Queue,
+    /// Everything else.
+    pub background: Background,
+}
+
+/// How a gateway stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Every call was answered, and every accepted write is in the store.
+    Clean,
+    /// Not so: the log says what was left.
+    LeftBehind,
+}
+
+/// Everything that runs behind the port.
+pub struct Background {
+    /// None ends before it is told to.
+    tasks: JoinSet<Result<(), JoinError>>,
+    stop: CancellationToken,
+    /// Held until the process ends.
+    _data_dir: DataDir,
+}
+
+impl Running {
+    /// Makes every part and opens the ports, on the current runtime, which becomes the background's.
+    ///
+    /// # Errors
+    /// The first part that cannot be made.
+    pub async fn start(config: &Config) -> Result<Running, StartError> {
+        let data_dir = DataDir::open(&config.data_dir)?;
+        let redis = config
+            .redis_url
+            .as_ref()
+            .map(|url| redis::Server::parse(url.reveal()))
+            .transpose()?;
+        let mut metrics = Metrics::default();
+        let mut tasks = Tasks::default();
+        let store = open_store(config).await?;
+        tasks.add([watch::start(store.clone(), &tasks.stop)]);
+        let clock = lease(config, &store, &data_dir, &mut tasks).await?;
+        let (parts, dropped) = assemble(config, redis, &store, clock, &metrics, &mut tasks);
+        let gateway = Gateway::on_this_thread(&parts, metrics.calls.thread());
+        // Ends with the drain workers, when all of theirs is done.
+        tasks.add([tokio::spawn(forget(gateway.clone(), dropped))]);
+        let collecting = collect::start(store.clone(), &config.store, metrics.store.clone(), &tasks.stop);
+        tasks.add([collecting]);
+
+        let health = Health::new(store.clone(), gateway.clone(), Arc::clone(&parts.clock));
+        // Once before the port opens, so that nobody is told that a service is not known.
+        health.report().await;
+        tasks.spawn(health.clone().keep());
+        observe(&mut metrics, &store, &parts);
+        let operations = listen(config.operations.listen).await?;
+        let operations_address = address(&operations, config.operations.listen)?;
+        let serving = operations::serve(
+            operations,
+            Arc::new(metrics.registry),
+            health.clone(),
+            tasks.stop.clone(),
+        );
+        tasks.add([tokio::spawn(async {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the operations port failed");
+            }
+        })]);
+        let listener = listen(config.listen).await?;
+        let failed = |source| StartError::Serve {
+            address: config.listen,
+            source,
+        };
+        let started = Server::start(listener, &config.rpc, &parts, &metrics.calls, health.reporter());
+        let (server, acceptor) = started.map_err(failed)?;
+        tasks.add([acceptor]);
+        tracing::info!(
+            listen = %server.address(),
+            operations = %operations_address,
+            store = %config.store_url(),
+            cache = %config.redis_url.as_ref().map_or("memory only".to_owned(), Url::masked),
+            data_dir = %config.data_dir.display(),
+            "serving"
+        );
+        Ok(Running {
+            health,
+            server,
+            queue: parts.queue,
+            background: Background {
+                tasks: tasks.running,
+                stop: tasks.stop,
+                _data_dir: data_dir,
+            },
+        })
+    }
+
+    /// Stops in the order in which data flows: says so, finishes calls, closes admission, drains, gives the node back; and says in one
+    /// line what happened.
+    pub async fn stop(self, config: &shutdown::Config) -> Ending {
+        let started = Instant::now();
+        self.health.stop().await;
+        let calls_finished = self.server.stop(config.calls_wait).await;
+        self.queue.close();
+        let left = self.queue.drained(Instant::now() + config.drain_wait).await;
+        self.background.stop(TASKS_WAIT).await;
+        let seconds = started.elapsed().as_secs_f64();
+        let Left { entries, bytes } = left;
+        if entries > 0 {
+            let what = "stopped, and lost accepted writes that the store did not take in time";
+            tracing::error!(seconds, entries, bytes, calls_finished, "{what}");
+        } else if !calls_finished {
+            let what = "stopped, and cut off calls that did not end in time; every accepted write is in the store";
+            tracing::error!(seconds, "{what}");
+        } else {
+            tracing::info!(
+                seconds,
+                "stopped: every call answered, every accepted write in the store"
+            );
+            return Ending::Clean;
+        }
+        Ending::LeftBehind
+    }
+}
+
+impl Background {
+    /// Waits for a background task to end, which none does unless it failed.
+    pub async fn died(&mut self) {
+        if let Some(ended) = self.tasks.join_next().await {
+            let panic = ended.and_then(|ended| ended).err().map(|error| error.to_string());
+            tracing::error!(panic, "a background task ended: stopping");
+        }
+    }
+
+    /// Stops the background's tasks, and waits until they have ended or `grace` is over.
+    pub async fn stop(mut self, grace: Duration) {
+        self.stop.cancel();
+        let ended = tokio::time::timeout(grace, async { while self.tasks.join_next().await.is_some() {} });
+        if ended.await.is_err() {
+            tracing::warn!("background tasks did not end in time");
+        }
+    }
+}
+
+/// The background's tasks while they are being made.
+#[derive(Default)]
+struct Tasks {
+    running: JoinSet<Result<(), JoinError>>,
+    stop: CancellationToken,
+}
+
+impl Tasks {
+    /// Runs a task until `stop`.
+    fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.add([tokio::spawn(async move {
+            stop.run_until_cancelled(task).await;
+        })]);
+    }
+
+    /// Watches tasks that run: all of them end when `stop` is cancelled, and none before.
+    fn add(&mut self, handles: impl IntoIterator<Item = JoinHandle<()>>) {
+        for handle in handles {
+            self.running.spawn(handle);
+        }
+    }
+}
+
+/// The store, with its tables up to date: waits for one that does not answer yet.
+async fn open_store(config: &Config) -> Result<Store, StartError> {
+    let url = config.store_url();
+    let deadline = Instant::now() + config.store.connect_wait;
+    let mut backoff = Backoff::new(CONNECT_RETRY_MIN, CONNECT_RETRY_MAX);
+    let mut said = String::new();
+    loop {
+        let source = match open_backend(&url, config).await {
+            Ok(backend) => {
+                return Ok(Store::new(
+                    backend,
+                    Arc::new(Breaker::default()),
+                    config.store.call_timeout,
+                ));
+            }
+            Err(error) => error,
+        };
+        let again = Instant::now() + backoff.delay();
+        if source.kind == StoreErrorKind::Rejected || again >= deadline {
+            return Err(StartError::Store { url, source });
+        }
+        // Once for each reason, not for each try.
+        let reason = source.to_string();
+        if reason != said {
+            tracing::warn!(reason, store = %url, "waiting for the store");
+            said = reason;
+        }
+        sleep_until(again).await;
+    }
+}
+
+async fn open_backend(url: &Url, config: &Config) -> Result<Arc<dyn Backend>, StoreError> {
+    let call_timeout = config.store.call_timeout;
+    if url.reveal().starts_with("sqlite:") {
+        return Ok(Arc::new(Sqlite::open(url.reveal(), call_timeout).await?));
+    }
+    let postgres = Postgres::new(url.reveal(), call_timeout)?;
+    if config.store.migrate {
+        postgres.migrate().await?;
+    } else {
+        postgres.check().await?;
+    }
+    Ok(Arc::new(postgres))
+}
+
+/// A clock for as long as this process has a node id.
+async fn lease(
+    config: &Config,
+    store: &Store,
+    data_dir: &DataDir,
+    tasks: &mut Tasks,
+) -> Result<Arc<Clock>, StartError> {
+    let claimant = Claimant {
+        directory: data_dir.mark().to_owned(),
+        start: random_mark(),
+    };
+    let deadline = Instant::now() + config.store.connect_wait;
+    let mut lease = NodeLease::take(store, claimant, deadline)
+        .await
+        .map_err(StartError::Node)?;
+    let grant = lease.grant();
+    let clock = Arc::new(Clock::new(grant.node, grant.high_water));
+    lease.reserve(&clock, deadline).await.map_err(StartError::Node)?;
+    tasks.add([lease.start(Arc::clone(&clock), &tasks.stop)]);
+    Ok(clock)
+}
+
+/// The parts that the serving threads share, and what runs behind them.
+fn assemble(
+    config: &Config,
+    redis: Option<redis::Server>,
+    store: &Store,
+    clock: Arc<Clock>,
+    metrics: &Metrics,
+    tasks: &mut Tasks,
+) -> (GatewayParts, mpsc::Receiver<Dropped>) {
+    let commits = GroupCommit::new(store.clone(), &config.store, metrics.store.clone());
+    let loads = GroupLoad::new(store.clone(), &config.store, metrics.store.clone());
+    tasks.add(commits.start(&tasks.stop));
+    tasks.add(loads.start(&tasks.stop));
+    let queue_metrics = metrics.queue.clone();
+    let started = Queue::start(
+        &config.queue,
+        store,
+        Arc::clone(&clock),
+        queue_metrics,
+        &metrics.store,
+        &tasks.stop,
+    );
+    tasks.add(started.workers);
+    let parts = GatewayParts {
+        clock,
+        namespaces: Arc::new(config.namespaces()),
+        memory: Arc::new(Memory::new(&config.memory)),
+        flights: Flights::new(FLIGHTS_MAX, metrics.cache.clone()),
+        queue: started.queue,
+        commits,
+        loads,
+        redis: redis.map(|server| (config.redis.clone(), server)),
+        metrics: metrics.cache.clone(),
+        refreshes: Refreshes::default(),
+        load_wait: config.rpc.deadline_default,
+    };
+    (parts, started.dropped)
+}
+
+/// Takes what the store did not out of the caches.
+async fn forget(gateway: Gateway, mut dropped: mpsc::Receiver<Dropped>) {
+    while let Some(Dropped { key, version, .. }) = dropped.recv().await {
+        gateway.forget(&key, version).await;
+    }
+}
+
+/// The metrics that are read when they are scraped.
+fn observe(metrics: &mut Metrics, store: &Store, parts: &GatewayParts) {
+    let (store, queue, memory) = (store.clone(), parts.queue.clone(), Arc::clone(&parts.memory));
+    metrics.gauge(
+        "store_breaker_open",
+        "Whether the store is held to be down: 1 while it is",
+        move || f64::from(u8::from(store.breaker().is_open())),
+    );
+    let (entries, bytes) = (queue.clone(), queue.clone());
+    metrics.gauge(
+        "queue_pending_entries",
+        "Entries accepted and not yet in the store",
+        move || entries.stats().entries as f64,
+    );
+    metrics.gauge(
+        "queue_pending_bytes",
+        "Bytes accepted and not yet in the store",
+        move || bytes.stats().bytes as f64,
+    );
+    metrics.gauge(
+        "queue_oldest_pending_age_seconds",
+        "How long the oldest write that is not in the store has been pending",
+        move || queue.stats().oldest_age.as_secs_f64(),
+    );
+    let entries = Arc::clone(&memory);
+    metrics.gauge("memory_cache_entries", "Copies in L1", move || entries.len() as f64);
+    metrics.gauge("memory_cache_bytes", "Bytes of the copies in L1", move || {
+        memory.bytes() as f64
+    });
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| StartError::Serve { address, source })
+}
+
+fn address(listener: &TcpListener, asked: SocketAddr) -> Result<SocketAddr, StartError> {
+    listener
+        .local_addr()
+        .map_err(|source| StartError::Serve { address: asked, source })
+}
