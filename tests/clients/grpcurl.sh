@@ -1,0 +1,72 @@
+#!/bin/sh
+# Proves that grpcurl, knowing nothing but the address, finds the contract by reflection and can use all of it.
+#
+# tests/clients/grpcurl.sh GRPCURL ADDRESS
+set -eu
+grpcurl=$1 address=$2
+
+fail() {
+    echo "FAILED: $*" >&2
+    exit 1
+}
+
+# call METHOD JSON: the answer on one line, without spaces.
+call() {
+    "$grpcurl" -plaintext -max-time 20 -d "$2" "$address" "$1" | tr -d ' \n'
+}
+
+# expect TEXT ANSWER
+expect() {
+    case $2 in *"$1"*) echo "ok: $1" ;; *) fail "expected $1 in: $2" ;; esac
+}
+
+# refuse CODE TEXT METHOD JSON: the call fails with the code, and says the text.
+refuse() {
+    if answer=$("$grpcurl" -plaintext -max-time 20 -d "$4" "$address" "$3" 2>&1); then
+        fail "$3 $4 should be refused, got: $answer"
+    fi
+    expect "Code: $1" "$answer"
+    expect "$2" "$answer"
+}
+
+gateway=tidegate.v1.Gateway
+encoded() { printf '%s' "$1" | base64; }
+
+services=$("$grpcurl" -plaintext "$address" list)
+expect "$gateway" "$services"
+expect grpc.health.v1.Health "$services"
+expect grpc.reflection.v1.ServerReflection "$services"
+methods=$("$grpcurl" -plaintext "$address" list $gateway)
+for method in Get Put Delete; do expect "$gateway.$method" "$methods"; done
+expect 'rpc Put ( .tidegate.v1.PutRequest )' "$("$grpcurl" -plaintext "$address" describe $gateway)"
+expect 'google.protobuf.Duration ttl' "$("$grpcurl" -plaintext "$address" describe tidegate.v1.PutRequest)"
+
+expect '"status":"SERVING"' "$(call grpc.health.v1.Health/Check '{}')"
+expect '"status":"SERVING"' "$(call grpc.health.v1.Health/Check "{\"service\":\"$gateway\"}")"
+expect '"status":"SERVING"' "$(call grpc.health.v1.Health/Check '{"service":"tidegate.store"}')"
+refuse NotFound service grpc.health.v1.Health/Check '{"service":"nobody"}'
+
+for mode in WRITE_MODE_THROUGH WRITE_MODE_BEHIND WRITE_MODE_UNSPECIFIED; do
+    case $mode in WRITE_MODE_BEHIND) durability=DURABILITY_MEMORY ;; *) durability=DURABILITY_STORE ;; esac
+    key="\"namespace\":\"grpcurl\",\"key\":\"$mode\""
+    value=$(encoded "value of $mode")
+    expect "\"durability\":\"$durability\"" "$(call $gateway/Put "{$key,\"value\":\"$value\",\"write_mode\":\"$mode\"}")"
+    for consistency in READ_CONSISTENCY_CACHED READ_CONSISTENCY_SHARED READ_CONSISTENCY_STORE; do
+        expect "\"value\":\"$value\"" "$(call $gateway/Get "{$key,\"consistency\":\"$consistency\"}")"
+    done
+    expect "\"durability\":\"$durability\"" "$(call $gateway/Delete "{$key,\"write_mode\":\"$mode\"}")"
+    answer=$(call $gateway/Get "{$key}")
+    expect '"source":"SOURCE_' "$answer"
+    case $answer in *'"entry"'*) fail "deleted and still there: $answer" ;; esac
+done
+
+key='"namespace":"grpcurl","key":"brief"'
+call $gateway/Put "{$key,\"ttl\":\"3600s\"}" >/dev/null
+expect '"expireTime":"20' "$(call $gateway/Get "{$key}")"
+
+# Error details arrive in a form that generic tools can read.
+refuse InvalidArgument google.rpc.BadRequest $gateway/Put '{"namespace":"?","ttl":"-1s"}'
+refuse InvalidArgument '"field": "ttl"' $gateway/Put '{"namespace":"?","ttl":"-1s"}'
+refuse InvalidArgument '"field": "namespace"' $gateway/Get '{"namespace":"?","key":"k"}'
+refuse InvalidArgument '"outcome": "not_applied"' $gateway/Delete '{"namespace":"n","key":""}'
+echo "grpcurl: all is well"

@@ -1,0 +1,461 @@
+//! Proves that a request which breaks the contract is refused with the fields at fault, changes nothing, and is never our fault.
+
+use std::collections::BTreeSet;
+
+use bytes::{Bytes, BytesMut};
+use prost_types::Duration;
+use tidegate::rpc::proto::{DeleteRequest, GetRequest, PutRequest, ReadConsistency};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::harness::{
+    Database, Gateway, Mode, Setup,
+    client::{assert_do_not_come_back, outcome},
+    wire::{Answer, Wire, frame, message},
+};
+
+const GET: &str = "/tidegate.v1.Gateway/Get";
+const PUT: &str = "/tidegate.v1.Gateway/Put";
+
+/// 36,525 days.
+const TTL_SECONDS_MAX: i64 = 36_525 * 86_400;
+
+const VALUE_BYTES_MAX: usize = 1024 * 1024;
+
+fn put() -> PutRequest {
+    PutRequest {
+        namespace: "orders".into(),
+        key: "key".into(),
+        value: Bytes::from_static(b"value"),
+        write_mode: Mode::Default.number(),
+        ttl: None,
+    }
+}
+
+fn ttl(seconds: i64, nanos: i32) -> PutRequest {
+    PutRequest {
+        ttl: Some(Duration { seconds, nanos }),
+        ..put()
+    }
+}
+
+fn get() -> GetRequest {
+    GetRequest {
+        namespace: "orders".into(),
+        key: "key".into(),
+        consistency: ReadConsistency::Unspecified as i32,
+    }
+}
+
+fn delete() -> DeleteRequest {
+    DeleteRequest {
+        namespace: "orders".into(),
+        key: "key".into(),
+        write_mode: Mode::Default.number(),
+    }
+}
+
+#[track_caller]
+fn assert_blames(status: &Status, fields: &[&str]) {
+    assert_do_not_come_back(status, Code::InvalidArgument, "INVALID");
+    assert_eq!(outcome(status), "not_applied");
+    let violations = status
+        .get_details_bad_request()
+        .unwrap_or_else(|| panic!("no BadRequest in {status:?}"))
+        .field_violations;
+    let named: BTreeSet<&str> = violations.iter().map(|violation| violation.field.as_str()).collect();
+    assert_eq!(named, fields.iter().copied().collect(), "{violations:?}");
+    for violation in &violations {
+        assert!(!violation.description.is_empty(), "{violations:?}");
+        assert!(
+            status.message().contains(&violation.field),
+            "many clients show nothing but the message: {status:?}"
+        );
+    }
+}
+
+async fn gateway() -> (Gateway, Database) {
+    let database = Database::sqlite();
+    let gateway = Setup::new().store(database.url()).start().await;
+    (gateway, database)
+}
+
+async fn assert_nothing_changed(gateway: &Gateway, database: &Database) {
+    assert_eq!(gateway.metric("tidegate_queue_accepted_writes_total", &[]).await, 0.0);
+    assert_eq!(database.entries().await, 0);
+}
+
+/// Keys that are none.
+fn bad_keys() -> Vec<String> {
+    vec![String::new(), "a\0b".into(), "k".repeat(1025), "é".repeat(513)]
+}
+
+/// Namespaces that are none.
+fn bad_namespaces() -> Vec<String> {
+    let mut bad: Vec<String> = ["", "Orders", "1st", "a b", "é", "a\0", "-"].map(str::to_owned).into();
+    bad.push("a".repeat(64));
+    bad
+}
+
+/// Sends a bad Put in both modes, and expects these fields to be blamed and no others.
+async fn assert_put_is_blamed_on(gateway: &Gateway, request: &PutRequest, fields: &[&str]) {
+    for mode in [Mode::Through, Mode::Behind] {
+        let mut request = request.clone();
+        if !fields.contains(&"write_mode") {
+            request.write_mode = mode.number();
+        }
+        let status = gateway
+            .client
+            .stub()
+            .put(request)
+            .await
+            .expect_err("the request is bad");
+        assert_blames(&status, fields);
+    }
+}
+
+#[tokio::test]
+async fn a_bad_key_or_namespace_is_named_by_every_method() {
+    let (gateway, database) = gateway().await;
+    let keys = bad_keys().into_iter().map(|key| ("orders".to_owned(), key, "key"));
+    let namespaces = bad_namespaces()
+        .into_iter()
+        .map(|namespace| (namespace, "key".to_owned(), "namespace"));
+    for (namespace, key, field) in keys.chain(namespaces) {
+        let (get, delete, put) = (get(), delete(), put());
+        let put = PutRequest {
+            namespace: namespace.clone(),
+            key: key.clone(),
+            ..put
+        };
+        assert_put_is_blamed_on(&gateway, &put, &[field]).await;
+        let get = GetRequest {
+            namespace: namespace.clone(),
+            key: key.clone(),
+            ..get
+        };
+        assert_blames(&gateway.client.stub().get(get).await.expect_err("bad"), &[field]);
+        let delete = DeleteRequest {
+            namespace,
+            key,
+            ..delete
+        };
+        assert_blames(&gateway.client.stub().delete(delete).await.expect_err("bad"), &[field]);
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn a_bad_ttl_is_named() {
+    let (gateway, database) = gateway().await;
+    let zero_or_negative = [(0, 0), (-1, 0), (0, -1)];
+    let ill_formed = [(1, -1), (-1, 1), (1, 1_000_000_000), (i64::MAX, i32::MAX)];
+    let absurd = [
+        (TTL_SECONDS_MAX, 1),
+        (TTL_SECONDS_MAX + 1, 0),
+        (i64::MAX, 999_999_999),
+        (i64::MIN, -999_999_999),
+    ];
+    for (seconds, nanos) in zero_or_negative.into_iter().chain(ill_formed).chain(absurd) {
+        assert_put_is_blamed_on(&gateway, &ttl(seconds, nanos), &["ttl"]).await;
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn unknown_numbers_of_enums_are_named() {
+    let (gateway, database) = gateway().await;
+    for number in [-1, 3, 99, i32::MIN, i32::MAX] {
+        let put = PutRequest {
+            write_mode: number,
+            ..put()
+        };
+        assert_put_is_blamed_on(&gateway, &put, &["write_mode"]).await;
+        let delete = DeleteRequest {
+            write_mode: number,
+            ..delete()
+        };
+        assert_blames(
+            &gateway.client.stub().delete(delete).await.expect_err("bad"),
+            &["write_mode"],
+        );
+    }
+    for number in [-7, 4, i32::MAX] {
+        let get = GetRequest {
+            consistency: number,
+            ..get()
+        };
+        assert_blames(
+            &gateway.client.stub().get(get).await.expect_err("bad"),
+            &["consistency"],
+        );
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn all_bad_fields_are_named_at_once() {
+    let (gateway, database) = gateway().await;
+    assert_put_is_blamed_on(&gateway, &PutRequest::default(), &["namespace", "key"]).await;
+    let large = PutRequest {
+        value: vec![0; VALUE_BYTES_MAX + 1].into(),
+        ..put()
+    };
+    assert_put_is_blamed_on(&gateway, &large, &["value"]).await;
+    let everything = PutRequest {
+        namespace: "?".into(),
+        key: String::new(),
+        write_mode: 99,
+        ..large
+    };
+    let everything = PutRequest {
+        ttl: ttl(-5, 5).ttl,
+        ..everything
+    };
+    assert_put_is_blamed_on(
+        &gateway,
+        &everything,
+        &["namespace", "key", "value", "write_mode", "ttl"],
+    )
+    .await;
+    let get = GetRequest {
+        consistency: 9,
+        ..GetRequest::default()
+    };
+    let status = gateway.client.stub().get(get).await.expect_err("bad");
+    assert_blames(&status, &["namespace", "key", "consistency"]);
+    let delete = DeleteRequest {
+        write_mode: 9,
+        ..DeleteRequest::default()
+    };
+    let status = gateway.client.stub().delete(delete).await.expect_err("bad");
+    assert_blames(&status, &["namespace", "key", "write_mode"]);
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn what_is_just_within_the_limits_is_taken() {
+    let (gateway, database) = gateway().await;
+    let requests = [
+        PutRequest {
+            key: "k".repeat(1024),
+            ..put()
+        },
+        PutRequest {
+            namespace: "a".repeat(63),
+            ..put()
+        },
+        PutRequest {
+            namespace: "a_.-9".into(),
+            ..put()
+        },
+        PutRequest {
+            value: vec![0; VALUE_BYTES_MAX].into(),
+            ..put()
+        },
+        PutRequest {
+            value: Bytes::new(),
+            ..put()
+        },
+        PutRequest {
+            key: "forever".into(),
+            ..ttl(TTL_SECONDS_MAX, 0)
+        },
+    ];
+    for request in requests {
+        gateway.client.stub().put(request).await.expect("the request is good");
+    }
+    // Less than a millisecond is rounded up to one, not down to none.
+    let brief = gateway
+        .client
+        .stub()
+        .put(PutRequest {
+            key: "brief".into(),
+            ..ttl(0, 1)
+        })
+        .await;
+    assert!(brief.is_ok(), "{brief:?}");
+    assert_eq!(database.entries().await, 6, "two of the seven write one key");
+}
+
+#[tokio::test]
+async fn a_limit_of_ones_own_holds() {
+    let gateway = Setup::new().config("[rpc]\nvalue_bytes_max = 10").start().await;
+    gateway
+        .client
+        .put("key", b"0123456789", Mode::Through)
+        .await
+        .expect("ten bytes are taken");
+    let status = gateway
+        .client
+        .put("key", b"0123456789a", Mode::Through)
+        .await
+        .expect_err("eleven are not");
+    assert_blames(&status, &["value"]);
+}
+
+/// Whoever sent the bytes is to blame, and is told what to do: anything but "report it", and nothing that means something else.
+#[track_caller]
+fn assert_sensible(what: &str, answer: &Answer, wanted: &[Code]) {
+    let code = answer
+        .code()
+        .unwrap_or_else(|| panic!("{what}: no status in {answer:?}"));
+    assert!(wanted.contains(&code), "{what}: {answer:?}");
+    assert!(answer.body.is_empty(), "{what}: {answer:?}");
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_message_are_invalid() {
+    let (gateway, database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    // Field 1 with a length beyond the end; field numbers and wire types that do not exist; text that ends amid a varint.
+    for bytes in [
+        &[0x0a, 0xff][..],
+        &[0x00],
+        &[0x07],
+        &[0xff; 11],
+        &[0x0a, 0x03, b'a'],
+        &[0x80],
+    ] {
+        for path in [GET, PUT, "/tidegate.v1.Gateway/Delete"] {
+            let answer = wire.call(path, &[], frame(0, bytes.len(), bytes)).await;
+            assert_sensible(&format!("{bytes:?} to {path}"), &answer, &[Code::InvalidArgument]);
+        }
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn text_that_is_not_utf8_is_blamed_on_its_field() {
+    let (gateway, database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    let (good, bad) = (b"\x0a\x06orders".as_slice(), b"\x12\x02\xc3\x28".as_slice());
+    let answer = wire.call(PUT, &[], frame(0, 12, &[good, bad].concat())).await;
+    assert_blames(answer.status.as_ref().expect("a status"), &["key"]);
+    let answer = wire.call(GET, &[], frame(0, 5, b"\x0a\x03\xed\xa0\x80")).await;
+    assert_blames(answer.status.as_ref().expect("a status"), &["namespace"]);
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn a_message_over_the_transport_limit_is_refused_unread() {
+    let (gateway, database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    let large = PutRequest {
+        value: vec![0; 16 * VALUE_BYTES_MAX].into(),
+        ..put()
+    };
+    let answer = wire.call(PUT, &[], message(&large)).await;
+    assert_sensible("16 MiB", &answer, &[Code::ResourceExhausted]);
+    assert_do_not_come_back(&answer.status.expect("a status"), Code::ResourceExhausted, "TOO_LARGE");
+    // The length alone is enough: nobody waits for 4 GiB, or makes room for them.
+    let answer = wire.call(PUT, &[], frame(0, u32::MAX as usize, b"")).await;
+    assert_sensible("4 GiB announced", &answer, &[Code::ResourceExhausted]);
+    // The code alone would say "come back later".
+    let status = answer.status.expect("a status");
+    assert_do_not_come_back(&status, Code::ResourceExhausted, "TOO_LARGE");
+    assert_eq!(outcome(&status), "not_applied");
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn broken_frames_are_the_callers_fault() {
+    let (gateway, database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    let whole = message(&get());
+    let mut compressed = BytesMut::from(whole.as_ref());
+    compressed[0] = 1;
+    let mut flag = BytesMut::from(whole.as_ref());
+    flag[0] = 0xff;
+    let cases = [
+        ("no message at all", Bytes::new()),
+        ("half a prefix", whole.slice(..3)),
+        ("a prefix alone", whole.slice(..5)),
+        ("half a message", whole.slice(..whole.len() - 2)),
+        ("a message that claims to be compressed", compressed.freeze()),
+        ("a flag that does not exist", flag.freeze()),
+    ];
+    for (what, body) in cases {
+        let answer = wire.call(GET, &[], body).await;
+        assert_sensible(what, &answer, &[Code::InvalidArgument, Code::Unimplemented]);
+    }
+    let answer = wire.call(GET, &[("grpc-encoding", "snappy")], whole.clone()).await;
+    assert_sensible("an encoding that nobody offered", &answer, &[Code::Unimplemented]);
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn what_is_not_offered_is_unimplemented() {
+    let (gateway, _database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    for path in [
+        "/tidegate.v1.Gateway/Steal",
+        "/tidegate.v9.Gateway/Get",
+        "/tidegate.v1.Gateway/",
+        "/",
+        "/metrics",
+    ] {
+        let answer = wire.call(path, &[], message(&get())).await;
+        assert_sensible(path, &answer, &[Code::Unimplemented]);
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_grpc_is_told_so() {
+    let (gateway, _database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    for content_type in ["text/html", "application/json", ""] {
+        let answer = wire.call(GET, &[("content-type", content_type)], message(&get())).await;
+        assert_eq!(answer.http_status, 415, "{content_type:?}: {answer:?}");
+    }
+    // A timeout that is none is ignored or refused; it is no fault of the gateway.
+    for timeout in ["soon", "-1S", "99999999999H", "1"] {
+        let answer = wire.call(GET, &[("grpc-timeout", timeout)], message(&get())).await;
+        assert!(
+            matches!(answer.code(), Some(Code::Ok | Code::InvalidArgument)),
+            "{timeout:?}: {answer:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_connection_survives_bad_calls() {
+    let (gateway, _database) = gateway().await;
+    let wire = Wire::connect(gateway.address).await;
+    for body in [
+        frame(0, 1, &[0x07]),
+        frame(1, 1, &[0x07]),
+        frame(0, 99, b""),
+        Bytes::new(),
+    ] {
+        wire.call(GET, &[], body).await;
+    }
+    let answer = wire.call(GET, &[], message(&get())).await;
+    assert_eq!(answer.code(), Some(Code::Ok), "{answer:?}");
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_http2_do_no_harm() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let (gateway, _database) = gateway().await;
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..],
+        &[0; 64],
+        &[0xff; 4096],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nnonsense",
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(gateway.address).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        // It may be closed in order or cut off; it must be ended.
+        let end = tokio::time::timeout(crate::harness::SOON, stream.read_to_end(&mut answer)).await;
+        assert!(end.is_ok(), "the connection is held open");
+    }
+    gateway
+        .client
+        .put("key", b"value", Mode::Through)
+        .await
+        .expect("the others are served");
+}

@@ -1,0 +1,112 @@
+//! Redis for the tests: a server of each test's own (it starts in a moment), to look into, stop and start again.
+//!
+//! It keeps nothing on disk: started again it is empty, as a cache may be.
+
+use std::{path::Path, process::Command};
+
+use redis::{aio::MultiplexedConnection, cmd};
+
+use super::{
+    SOON, eventually,
+    process::{Directory, Process, free_port},
+};
+
+/// A server. Dropping it stops it.
+pub struct Server {
+    process: Option<Process>,
+    port: u16,
+    directory: Directory,
+}
+
+/// Starts an empty server and waits until it answers.
+pub async fn start() -> Server {
+    let directory = Directory::new("redis");
+    for _ in 0..20 {
+        let port = free_port();
+        if let Some(process) = run(&directory, port).await {
+            return Server {
+                process: Some(process),
+                port,
+                directory,
+            };
+        }
+    }
+    panic!("redis-server finds no free port, or is missing: run ci/deps");
+}
+
+impl Server {
+    /// Its URL.
+    pub fn url(&self) -> String {
+        url(self.port)
+    }
+
+    /// A connection for looking and meddling.
+    pub async fn connect(&self) -> MultiplexedConnection {
+        connect(self.port).await.expect("Redis can be reached")
+    }
+
+    /// Ends the server as a crash would, and waits for its end. Its port stays.
+    pub fn kill(&mut self) {
+        drop(self.process.take().expect("the server runs"));
+    }
+
+    /// Ends the server in order, and waits for its end. Its port stays.
+    pub async fn stop(&mut self) {
+        let mut process = self.process.take().expect("the server runs");
+        process.signal("TERM");
+        process.wait(SOON).await;
+    }
+
+    /// Starts the stopped server, empty, on its port, and waits until it answers.
+    pub async fn start_again(&mut self) {
+        assert!(self.process.is_none(), "the server runs already");
+        self.process = run(&self.directory, self.port).await;
+        assert!(
+            self.process.is_some(),
+            "Redis does not start again on port {}",
+            self.port
+        );
+    }
+
+    /// Freezes the server: connections stay, nothing is answered.
+    pub fn freeze(&self) {
+        self.process.as_ref().expect("the server runs").signal("STOP");
+    }
+
+    /// Lets a frozen server go on.
+    pub fn thaw(&self) {
+        self.process.as_ref().expect("the server runs").signal("CONT");
+    }
+}
+
+fn url(port: u16) -> String {
+    format!("redis://127.0.0.1:{port}")
+}
+
+async fn connect(port: u16) -> redis::RedisResult<MultiplexedConnection> {
+    redis::Client::open(url(port))?.get_multiplexed_async_connection().await
+}
+
+/// Runs a server and waits until it answers. `None` if it ends first, as when the port is taken, or if another one answers.
+async fn run(directory: &Directory, port: u16) -> Option<Process> {
+    let mut command = Command::new("redis-server");
+    command
+        .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
+        .args(["--save", "", "--appendonly", "no", "--dir"])
+        .arg(directory.path());
+    let mut process = Process::start("Redis", &command, "KILL", directory.path(), "redis");
+    let ours = eventually("Redis answers", SOON, async || {
+        if process.ended().is_some() {
+            return Ok(false);
+        }
+        let mut connection = connect(port).await.map_err(|error| error.to_string())?;
+        let (_, files): (String, String) = cmd("CONFIG")
+            .arg(&["GET", "dir"])
+            .query_async(&mut connection)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(directory.path() == Path::new(&files))
+    })
+    .await;
+    ours.then_some(process)
+}

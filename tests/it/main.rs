@@ -1,0 +1,34 @@
+//! The integration tests: the real binary against real servers, as a caller and an operator see it.
+//!
+//! One binary, for every further one would link the world again. Each file proves one promise and opens with it; [`harness`] owns
+//! the servers. Nothing here looks inside the crate, except for the two suites that are a contract of its traits.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    unreachable_pub,
+    missing_docs,
+    reason = "a test binary: it may fail loudly, and nobody is outside to reach or read it"
+)]
+
+mod harness;
+
+mod anomalies;
+mod bad_input;
+mod cache_redis;
+mod config;
+mod deadlines;
+mod health;
+mod horizon;
+mod limits;
+mod outage;
+mod poison;
+mod queue_full;
+mod read_write;
+mod refresh;
+mod replicas;
+mod servers;
+mod shutdown;
+mod store_contract;
+mod switches;

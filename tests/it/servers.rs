@@ -1,0 +1,93 @@
+//! Proves that the harness's servers start, stop, start again and go away: what the other tests take for granted.
+
+use std::{fs, path::Path, process::Command};
+
+use redis::AsyncCommands;
+use sqlx::{Connection, Executor};
+
+use crate::harness::{
+    SOON, eventually, expect, postgres,
+    process::{Directory, Process},
+    redis as redis_server,
+};
+
+#[tokio::test]
+async fn databases_of_the_shared_postgres_are_apart() {
+    let (one, other) = (postgres::database().await, postgres::database().await);
+    let mut connection = postgres::connect(&one).await;
+    connection.execute("create table only_here (n int)").await.unwrap();
+    let mut connection = postgres::connect(&other).await;
+    connection.execute("create table only_here (n int)").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_plain_role_owns_its_database_and_no_more() {
+    let (plain, _) = postgres::database_of_plain_role().await;
+    let mut connection = postgres::connect(&plain).await;
+    connection.execute("create table mine (n int)").await.unwrap();
+    assert!(connection.execute("create role another").await.is_err());
+}
+
+#[tokio::test]
+async fn postgres_stops_and_starts_again_with_its_data() {
+    let mut server = postgres::Server::start().await;
+    let url = server.create_database().await;
+    postgres::connect(&url)
+        .await
+        .execute("create table kept (n int)")
+        .await
+        .unwrap();
+    for how in [postgres::Stop::Fast, postgres::Stop::Immediate] {
+        server.stop(how).await;
+        assert!(sqlx::PgConnection::connect(&url).await.is_err());
+        server.start_again().await;
+        let mut connection = postgres::connect(&url).await;
+        connection.execute("insert into kept values (1)").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn redis_starts_again_empty_on_its_port() {
+    let mut server = redis_server::start().await;
+    let url = server.url();
+    let _: () = server.connect().await.set("key", "value").await.unwrap();
+    server.kill();
+    server.start_again().await;
+    assert_eq!(server.url(), url);
+    let value: Option<String> = server.connect().await.get("key").await.unwrap();
+    assert_eq!(value, None);
+    server.stop().await;
+    server.start_again().await;
+}
+
+#[tokio::test]
+async fn a_process_ends_with_its_handle_and_its_directory_goes() {
+    let directory = Directory::new("kept");
+    let path = directory.path().to_owned();
+    let process = Process::start("sleep", Command::new("sleep").arg("1000"), "TERM", &path, "sleep");
+    let pid = process.pid();
+    assert!(Path::new(&format!("/proc/{pid}")).exists());
+    drop((process, directory));
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn signals_reach_a_process_and_its_end_is_told() {
+    let directory = Directory::new("signals");
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "trap 'echo caught >&2; exit 7' TERM; echo ready >&2; while :; do sleep 0.05; done",
+    ]);
+    let mut process = Process::start("sh", &command, "KILL", directory.path(), "sh");
+    eventually("the trap is set", SOON, async || {
+        let said = process.stderr();
+        expect(said.contains("ready"), said)
+    })
+    .await;
+    process.signal("TERM");
+    assert_eq!(process.wait(SOON).await.code(), Some(7));
+    let said = fs::read_to_string(directory.path().join("sh.err")).unwrap();
+    assert_eq!(said, "ready\ncaught\n");
+}
