@@ -524,7 +524,9 @@ async fn what_is_written_through_to_postgres_survives_a_crash() {
 async fn two_gateways_do_not_share_an_embedded_store() {
     let database = Database::sqlite();
     let _first = setup().store(database.url()).start().await;
-    let second = setup().store(database.url()).run_to_end().await;
+    // It waits for the other one to end, as for any store that is not there yet.
+    let brief = "[store]\nconnect_wait = \"1s\"";
+    let second = setup().store(database.url()).config(brief).run_to_end().await;
     assert_eq!(second.code, Some(69), "{second:?}");
     assert!(second.log.contains("another gateway"), "{second:?}");
 }
