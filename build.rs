@@ -22,5 +22,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .codec_path("crate::rpc::codec::Codec")
         .build_transport(false)
         .compile_fds(descriptors)?;
+    // The journal's records are nobody's contract: they stay out of reflection.
+    tonic_prost_build::configure()
+        .bytes(".")
+        .compile_fds(protox::compile(["tidegate/journal/v1/journal.proto"], ["proto"])?)?;
     Ok(())
 }

@@ -22,6 +22,8 @@ pub mod health;
 pub mod model;
 pub mod namespace;
 pub mod operations;
+#[cfg(feature = "planted-faults")]
+pub mod planted;
 pub mod queue;
 pub mod rpc;
 pub mod settings;

@@ -13,6 +13,7 @@ mod bisect;
 mod budget;
 mod config;
 mod drain;
+pub mod journal;
 mod pending;
 #[cfg(test)]
 mod tests;

@@ -1,9 +1,11 @@
 //! What the gateway tells about itself: every metric, by name, and the log set-up.
 //!
 //! Owns the metrics' names, help and labels, and their encoding for Prometheus. Does not decide anything. Invariants: no value, no key
-//! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`].
+//! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`], the
+//! journal's in [`journal`].
 
 pub mod calls;
+pub mod journal;
 
 use std::{
     fmt::Write as _,

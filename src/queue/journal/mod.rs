@@ -1,0 +1,373 @@
+//! The journal: what makes a write-behind write survive this process, this machine's crash, and a loss of power.
+//!
+//! Limits first: its size, and what of it may be live ([`Config`]); appends wait for room until their deadline, and before they are
+//! anywhere. Then the way of a write: [`Journal::append`] gathers its record with all others of the moment into a group, the journal
+//! thread writes and syncs that (`writer`), and wakes each serving thread once (`wake`). It answers with a [`Record`]: while that is
+//! held, a restart brings the write back. Owns the files, the format and the thread; does not own which version of a key counts
+//! nor when a write is in the store (its caller, who drops the record then). Invariants: an append that was answered is on disk;
+//! what was never appended is never recovered; what was released, and told so on disk, is not recovered either.
+//!
+//! It is not on the write path yet: its place is in the gateway's way of a write-behind write, between the stamp and the first tier that shows
+//! it.
+//!
+//! In reading order: this file, `format` (the bytes), `shared` and `live` (the state), `writer` (the algorithm), `segments` and [`fs`] (the
+//! files), `wake` and `thread`, `scan` and `recover` (the restart), [`inspect`] (for people).
+//!
+//! Any error of a write or a sync ends the journal for good (*poisoned*): what the system's memory holds of a file whose sync failed
+//! says nothing about the disk, so nothing more is promised until a restart has read the files again.
+
+mod config;
+mod format;
+pub mod fs;
+pub mod inspect;
+mod live;
+mod recover;
+mod scan;
+mod segments;
+mod shared;
+#[cfg(test)]
+pub mod sim;
+#[cfg(test)]
+mod tests;
+mod thread;
+mod wake;
+mod writer;
+
+/// The primitives that `wake` is built on, so that it can be built on others, too.
+mod sync {
+    pub(super) use std::sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicU64, Ordering},
+    };
+}
+
+pub use config::Config;
+
+use std::{fmt, io, time::Duration};
+
+use tokio::time::{Instant, timeout_at};
+
+use self::{
+    fs::JournalFs,
+    scan::Found,
+    shared::{NoRoom, Phase, Room, Shared},
+    sync::Arc,
+    wake::{Fate, LaneCore},
+};
+use crate::{
+    error::{Error, ErrorKind},
+    model::{Version, Write},
+    telemetry::journal::JournalMetrics,
+};
+
+/// Why a journal cannot be opened. Each is one line that names the place; nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// Another process has it.
+    #[error("the journal {0} is in use by another process")]
+    InUse(String),
+    /// Its directory or a file of it cannot be read or written.
+    #[error("the journal cannot be used: {path}: {source}")]
+    Unusable {
+        /// The directory or the file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file has the name of a segment and is none.
+    #[error("{file} is no segment of a journal: {why}; put it back as it was, or run `tidegate journal repair`")]
+    NotASegment {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A later version of the gateway wrote it.
+    #[error("{file} has format {format}, which this version cannot read: start the version that wrote it")]
+    Newer {
+        /// The file.
+        file: String,
+        /// Its format.
+        format: u32,
+    },
+    /// There is damage, with whole groups behind it: records that were acknowledged are lost or unreadable.
+    #[error(
+        "{file} is damaged at offset {offset}, and whole groups follow: acknowledged writes may be lost; restore the file, or run \
+         `tidegate journal repair` to go on with what is readable"
+    )]
+    Damaged {
+        /// The file.
+        file: String,
+        /// Where the first group that is missing or not whole should begin.
+        offset: u64,
+    },
+    /// A segment is not there, and holds records that were not released.
+    #[error("{file} is missing: put it back, or run `tidegate journal repair` to go on with what is readable")]
+    Missing {
+        /// The file.
+        file: String,
+    },
+    /// A thread could not be started.
+    #[error("the journal's thread cannot be started: {0}")]
+    NoThread(io::Error),
+}
+
+impl JournalError {
+    fn unusable(fs: &dyn JournalFs, name: Option<&str>, source: io::Error) -> JournalError {
+        JournalError::Unusable {
+            path: name.map_or_else(|| fs.name(), |name| scan::path(fs, name)),
+            source,
+        }
+    }
+}
+
+/// What an earlier process left in the journal.
+#[derive(Debug)]
+pub struct Recovered {
+    /// The newest write of each key that was not released, with its record. Whether the store has it by now is not known.
+    pub writes: Vec<(Write, Record)>,
+    /// The highest version of all that was read, released or not: the clock must start above it.
+    pub high_water: Option<Version>,
+    /// How long reading took.
+    pub took: Duration,
+    /// The length of the files that were read.
+    pub bytes: u64,
+}
+
+/// Why appends wait for space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stall {
+    /// The journal is as large as it may be, and everything in it is needed: the store must take writes.
+    Full,
+    /// The disk is full before the journal is.
+    DiskFull,
+}
+
+/// How full the journal is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JournalStats {
+    /// The length of its files, in bytes.
+    pub bytes: u64,
+    /// Its segments that hold records.
+    pub segments: usize,
+    /// What the records that are not released are charged, in bytes.
+    pub live_bytes: u64,
+    /// Why appends wait for space, if they do.
+    pub stall: Option<Stall>,
+}
+
+/// A handle on the journal. Cheap to clone; usable from any thread. When the last one is dropped the journal closes by itself, without
+/// anybody waiting for it.
+#[derive(Clone)]
+pub struct Journal {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
+/// The place of one serving thread in the journal's wake-ups. Its task runs on the runtime that made it, until the last clone is
+/// dropped. A wait that uses the lane of another thread is correct, and costs a wake-up of its own.
+#[derive(Clone)]
+pub struct Lane {
+    core: Arc<OpenLane>,
+}
+
+struct OpenLane(Arc<LaneCore>);
+
+impl Drop for OpenLane {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// A record on disk. While it is held, a restart brings its write back. Dropping it releases the record: its write is in the store, or
+/// superseded by a durable one of its key. That is told on disk by the next group, or after a lull; until then, and wherever a crash
+/// comes first, a restart may still bring it back, which is harmless. After the journal has closed dropping it changes nothing.
+#[must_use = "a record that is dropped is released"]
+pub struct Record {
+    shared: Arc<Shared>,
+    number: u64,
+    charge: u32,
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.shared.release(self.number, self.charge);
+    }
+}
+
+impl Journal {
+    /// Recovers the journal of a directory, or makes one, and starts its thread. Reads all of it: blocks.
+    ///
+    /// # Errors
+    /// The directory is in use, cannot be used, or holds what is not the work of a journal and a crash. Nothing was changed then,
+    /// unless the disk failed on the way.
+    pub fn open(
+        fs: Arc<dyn JournalFs>,
+        config: &Config,
+        metrics: JournalMetrics,
+    ) -> Result<(Journal, Recovered), JournalError> {
+        let lock = lock(&*fs)?;
+        let opened = recover::open(fs, config, metrics)?;
+        let shared = Arc::clone(opened.writer.shared());
+        thread::start(opened.writer, lock).map_err(JournalError::NoThread)?;
+        let journal = Journal {
+            handle: Arc::new(Handle {
+                shared: Arc::clone(&shared),
+            }),
+        };
+        let held = |Found { number, charge, write }| {
+            let shared = Arc::clone(&shared);
+            (write, Record { shared, number, charge })
+        };
+        let recovered = Recovered {
+            writes: opened.found.into_iter().map(held).collect(),
+            high_water: opened.high_water,
+            took: opened.took,
+            bytes: opened.bytes,
+        };
+        Ok((journal, recovered))
+    }
+
+    /// A lane for the current thread. Its task is spawned on the current runtime: call this there.
+    pub fn lane(&self) -> Lane {
+        let core = Arc::new(LaneCore::new(Arc::clone(&self.handle.shared.progress)));
+        self.handle.shared.register(&core);
+        tokio::spawn({
+            let core = Arc::clone(&core);
+            async move { core.run().await }
+        });
+        Lane {
+            core: Arc::new(OpenLane(core)),
+        }
+    }
+
+    /// Appends a write. OK means that it is on disk, and stays there while the record is held.
+    ///
+    /// Cancelling it before the record is gathered leaves nothing. Afterwards it is written all the same, and released at once, for
+    /// nobody holds its record: a restart may bring it back or not. Whoever must not lose track of it runs this in a task of
+    /// its own.
+    ///
+    /// # Errors
+    /// Not applied: [`ErrorKind::Timeout`], no room until `deadline`; [`ErrorKind::Unavailable`], closed or poisoned;
+    /// [`ErrorKind::Rejected`], larger than [`Config::write_bytes_max`]. Unknown: [`ErrorKind::Timeout`], the disk did not answer until
+    /// `deadline`; [`ErrorKind::Unavailable`], writing or syncing failed.
+    pub async fn append(&self, lane: &Lane, write: &Write, deadline: Instant) -> Result<Record, Error> {
+        let shared = &self.handle.shared;
+        let encoded = format::encode_record(write);
+        if encoded.len() + format::CHARGE_OVERHEAD_BYTES > shared.charge_max {
+            return Err(Error::new(
+                ErrorKind::Rejected,
+                "the record is larger than the journal takes: raise the journal's segment_bytes",
+            ));
+        }
+        let room = room(shared, encoded.len(), deadline).await?;
+        let pushed = shared.push(&encoded, room, Some(&lane.core.0));
+        let (sequence, number, charge) = pushed.map_err(refused)?;
+        let record = Record {
+            shared: Arc::clone(shared),
+            number,
+            charge,
+        };
+        match timeout_at(deadline, lane.core.0.settled(sequence)).await {
+            Ok(Fate::Durable) => Ok(record),
+            Ok(Fate::NotWritten) => Err(refused(Phase::Poisoned)),
+            Ok(Fate::Unknown) => Err(Error::new(ErrorKind::Unavailable, "the journal could not be written").unknown()),
+            Err(_) => Err(Error::new(ErrorKind::Timeout, "the journal was not written by the deadline").unknown()),
+        }
+    }
+
+    /// Ends appends, writes what was gathered, tells on disk what is released by now, and waits until all of that is done and the directory
+    /// is free. What is still held then is recovered by the next start. Cancel-safe, and may be called again.
+    ///
+    /// # Errors
+    /// The journal is poisoned: what was released last may be recovered again.
+    pub async fn close(&self) -> Result<(), Error> {
+        let shared = &self.handle.shared;
+        shared.close();
+        shared.ended.cancelled().await;
+        match shared.phase() {
+            Phase::Poisoned => Err(refused(Phase::Poisoned)),
+            Phase::Open | Phase::Closing | Phase::Closed => Ok(()),
+        }
+    }
+
+    /// Whether it has failed for good: appends are refused until a restart.
+    pub fn poisoned(&self) -> bool {
+        self.handle.shared.phase() == Phase::Poisoned
+    }
+
+    /// Waits until its thread has ended: closed, or poisoned. Cancel-safe.
+    pub async fn ended(&self) {
+        self.handle.shared.ended.cancelled().await;
+    }
+
+    /// How full it is.
+    pub fn stats(&self) -> JournalStats {
+        let shared = &self.handle.shared;
+        let standing = shared.standing();
+        JournalStats {
+            bytes: standing.bytes,
+            segments: standing.segments,
+            live_bytes: shared.live_bytes(),
+            stall: standing.stall,
+        }
+    }
+}
+
+/// Takes the directory for this process.
+fn lock(fs: &dyn JournalFs) -> Result<Box<dyn Send>, JournalError> {
+    let locked = fs.lock().map_err(|source| JournalError::unusable(fs, None, source))?;
+    locked.ok_or_else(|| JournalError::InUse(fs.name()))
+}
+
+/// Room for a record, waited for until the deadline.
+async fn room(shared: &Shared, bytes: usize, deadline: Instant) -> Result<Room<'_>, Error> {
+    let waited = match shared.try_room(bytes) {
+        Err(NoRoom::Full) => timeout_at(deadline, shared.room(bytes)).await,
+        tried => Ok(tried),
+    };
+    match waited {
+        Ok(Ok(room)) => Ok(room),
+        Ok(Err(NoRoom::Ended(phase))) => Err(refused(phase)),
+        Ok(Err(NoRoom::Full)) | Err(_) => Err(Error::new(
+            ErrorKind::Timeout,
+            "the journal stayed full until the deadline",
+        )),
+    }
+}
+
+/// The refusal of an append that was not made.
+fn refused(phase: Phase) -> Error {
+    let message = match phase {
+        Phase::Poisoned => "the journal has failed and takes no writes until the gateway is restarted",
+        Phase::Open | Phase::Closing | Phase::Closed => "the gateway is shutting down and takes no write-behind writes",
+    };
+    Error::new(ErrorKind::Unavailable, message)
+}
+
+impl fmt::Debug for Journal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.stats().fmt(f)
+    }
+}
+
+impl fmt::Debug for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Lane")
+    }
+}
+
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Record({})", self.number)
+    }
+}

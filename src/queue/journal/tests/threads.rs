@@ -1,0 +1,359 @@
+//! The journal with its thread, on a real directory and on a failing one: many callers, deadlines, closing, dropping, locking.
+
+use std::{io, path::Path, sync::Arc, time::Duration};
+
+use tokio::{task::JoinSet, time::Instant};
+
+use super::{key, small, write};
+use crate::{
+    error::{ErrorKind, Outcome},
+    model::Write,
+    queue::journal::{
+        Config, Journal, JournalError, Lane, Record, Recovered, Stall,
+        fs::{DiskFs, JournalFs},
+        sim::{Disk, Faults, SimFs},
+    },
+    telemetry::journal::JournalMetrics,
+};
+
+/// Long enough for anything that happens at all.
+const PLENTY: Duration = Duration::from_secs(20);
+
+fn soon() -> Instant {
+    Instant::now() + PLENTY
+}
+
+fn open_at(path: &Path, config: &Config) -> Result<(Journal, Recovered), JournalError> {
+    let fs: Arc<dyn JournalFs> = Arc::new(DiskFs::create(path).expect("made"));
+    Journal::open(fs, config, JournalMetrics::default())
+}
+
+fn open_sim(fs: &SimFs) -> (Journal, Recovered) {
+    Journal::open(Arc::new(fs.clone()), &small(), JournalMetrics::default()).expect("in order")
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = soon();
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+fn writes_of(recovered: &Recovered) -> Vec<&Write> {
+    let mut writes: Vec<&Write> = recovered.writes.iter().map(|(write, _)| write).collect();
+    writes.sort_by(|a, b| a.key.cmp(&b.key));
+    writes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_callers_share_syncs_and_a_restart_brings_back_what_is_held() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let config = Config {
+        segment_bytes: 1 << 20,
+        bytes_max: 8 << 20,
+        ..Config::default()
+    };
+    let metrics = JournalMetrics::default();
+    let fs: Arc<dyn JournalFs> = Arc::new(DiskFs::create(&directory.path().join("journal")).expect("made"));
+    let (journal, recovered) = Journal::open(Arc::clone(&fs), &config, metrics.clone()).expect("an empty directory");
+    assert!(recovered.writes.is_empty() && recovered.high_water.is_none());
+    let lane = journal.lane();
+    let mut tasks = JoinSet::new();
+    for task in 0..32 {
+        let (journal, lane) = (journal.clone(), lane.clone());
+        tasks.spawn(async move {
+            let mut held = Vec::new();
+            for round in 1..=50 {
+                // The last one of each key is held, the others are released as a newer one is durable.
+                let record = journal
+                    .append(&lane, &write(task, round, 100), soon())
+                    .await
+                    .expect("room");
+                held.push(record);
+                held.drain(..held.len() - 1);
+            }
+            held
+        });
+    }
+    let held: Vec<Record> = tasks.join_all().await.into_iter().flatten().collect();
+    assert_eq!(held.len(), 32);
+    assert!(
+        metrics.syncs.get() < 1600 / 2,
+        "{} syncs for 1600 writes",
+        metrics.syncs.get()
+    );
+    journal.close().await.expect("not poisoned");
+    assert!(journal.append(&lane, &write(1, 60, 1), soon()).await.is_err());
+    drop(held);
+
+    let (journal, recovered) = open_at(&directory.path().join("journal"), &config).expect("in order");
+    let expected: Vec<Write> = (0..32).map(|task| write(task, 50, 100)).collect();
+    let mut expected: Vec<&Write> = expected.iter().collect();
+    expected.sort_by(|a, b| a.key.cmp(&b.key));
+    assert_eq!(
+        writes_of(&recovered),
+        expected,
+        "dropping after the close released nothing"
+    );
+    assert_eq!(recovered.high_water.map(|version| version.get()), Some(50));
+    drop(recovered);
+    journal.close().await.expect("not poisoned");
+
+    let (_, recovered) = open_at(&directory.path().join("journal"), &config).expect("in order");
+    assert!(recovered.writes.is_empty(), "all was released before the close");
+    assert_eq!(
+        recovered.high_water.map(|version| version.get()),
+        Some(50),
+        "the clock still learns of it"
+    );
+}
+
+#[tokio::test]
+async fn a_directory_serves_one_journal_and_is_free_once_it_is_closed() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let config = Config {
+        segment_bytes: 1 << 20,
+        bytes_max: 5 << 20,
+        ..Config::default()
+    };
+    let (journal, _) = open_at(directory.path(), &config).expect("free");
+    let error = open_at(directory.path(), &config).expect_err("in use");
+    assert!(matches!(error, JournalError::InUse(_)), "{error}");
+    journal.close().await.expect("not poisoned");
+    let (journal, _) = open_at(directory.path(), &config).expect("free again");
+    let journal = { journal };
+    // Dropped without a close, it ends by itself.
+    drop(journal);
+    let deadline = soon();
+    loop {
+        match open_at(directory.path(), &config) {
+            Ok(_) => break,
+            Err(JournalError::InUse(_)) if Instant::now() < deadline => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_append_whose_caller_is_gone_is_written_and_released() {
+    let fs = SimFs::default();
+    let (journal, _) = open_sim(&fs);
+    let lane = journal.lane();
+    let held = journal.append(&lane, &write(1, 1, 50), soon()).await.expect("room");
+    // Polled once, so that it is gathered, and dropped.
+    let gone = write(2, 2, 50);
+    tokio::select! {
+        biased;
+        _ = journal.append(&lane, &gone, soon()) => {}
+        () = std::future::ready(()) => {}
+    }
+    let next = journal.append(&lane, &write(3, 3, 50), soon()).await.expect("room");
+    journal.close().await.expect("not poisoned");
+    let (_, recovered) = open_sim(&fs);
+    assert!(recovered.high_water.is_some_and(|version| version.get() == 3));
+    let keys: Vec<_> = writes_of(&recovered)
+        .into_iter()
+        .map(|write| write.key.clone())
+        .collect();
+    // Between two held ones it may be brought back, or not: it was released, and nobody was told.
+    assert!(keys.contains(&key(1)) && keys.contains(&key(3)));
+    drop((held, next));
+}
+
+#[tokio::test]
+async fn a_full_journal_makes_appends_wait_until_their_deadline_and_goes_on_when_something_is_released() {
+    let fs = SimFs::default();
+    let (journal, _) = open_sim(&fs);
+    let lane = journal.lane();
+    let mut held = Vec::new();
+    let refusal = loop {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let number = held.len() + 1;
+        match journal
+            .append(&lane, &write(number, number as i64, 300), deadline)
+            .await
+        {
+            Ok(record) => held.push(record),
+            Err(error) => break error,
+        }
+        assert!(held.len() < 1000, "bounded");
+    };
+    assert_eq!(
+        (refusal.kind(), refusal.outcome()),
+        (ErrorKind::Timeout, Outcome::NotApplied)
+    );
+    assert!(held.len() > 15, "{} records", held.len());
+    assert!(journal.stats().bytes <= small().bytes_max);
+    // Any record makes room, not only the oldest.
+    drop(held.swap_remove(held.len() / 2));
+    held.push(
+        journal
+            .append(&lane, &write(5000, 5000, 300), soon())
+            .await
+            .expect("room again"),
+    );
+    journal.close().await.expect("not poisoned");
+    let (_, recovered) = open_sim(&fs);
+    assert!(recovered.writes.len() >= held.len());
+}
+
+#[tokio::test]
+async fn a_full_disk_is_waited_for_and_is_no_failure() {
+    let fs = SimFs::new(Disk::default(), Faults::default());
+    let (journal, _) = open_sim(&fs);
+    let lane = journal.lane();
+    let mut held = vec![journal.append(&lane, &write(1, 1, 300), soon()).await.expect("room")];
+    until("the next segment is prepared", || journal.handle.shared.is_asleep()).await;
+    let full = Faults {
+        capacity: Some(2 * 4096),
+        ..Faults::default()
+    };
+    fs.set_faults(full);
+    let refusal = loop {
+        let number = held.len() + 1;
+        let deadline = Instant::now() + Duration::from_millis(200);
+        match journal
+            .append(&lane, &write(number, number as i64, 300), deadline)
+            .await
+        {
+            Ok(record) => held.push(record),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(
+        (refusal.kind(), refusal.outcome()),
+        (ErrorKind::Timeout, Outcome::NotApplied)
+    );
+    assert!(!journal.poisoned());
+    assert_eq!(journal.stats().stall, Some(Stall::DiskFull));
+    fs.set_faults(Faults::default());
+    let number = held.len() + 1;
+    held.push(
+        journal
+            .append(&lane, &write(number, number as i64, 300), soon())
+            .await
+            .expect("room again"),
+    );
+    assert_eq!(journal.stats().stall, None);
+    journal.close().await.expect("not poisoned");
+    assert_eq!(open_sim(&fs).1.writes.len(), held.len());
+}
+
+#[tokio::test]
+async fn on_a_full_disk_what_is_released_makes_room_by_itself() {
+    let fs = SimFs::new(Disk::default(), Faults::default());
+    let (journal, _) = open_sim(&fs);
+    let lane = journal.lane();
+    let first = journal.append(&lane, &write(1, 1, 300), soon()).await.expect("room");
+    until("the next segment is prepared", || journal.handle.shared.is_asleep()).await;
+    fs.set_faults(Faults {
+        capacity: Some(2 * 4096),
+        ..Faults::default()
+    });
+    let mut held = vec![first];
+    while journal.stats().stall.is_none() {
+        let number = held.len() + 1;
+        let deadline = Instant::now() + Duration::from_millis(200);
+        if let Ok(record) = journal
+            .append(&lane, &write(number, number as i64, 300), deadline)
+            .await
+        {
+            held.push(record);
+        }
+    }
+    held.clear();
+    for number in 1000..1100 {
+        // The disk stays full: the freed segment is used again.
+        let appended = journal.append(&lane, &write(number, number as i64, 300), soon()).await;
+        drop(appended.expect("room again"));
+    }
+    assert!(!journal.poisoned());
+}
+
+#[tokio::test]
+async fn a_failing_sync_poisons_for_good_and_says_what_is_not_known() {
+    let fs = SimFs::default();
+    let (journal, _) = open_sim(&fs);
+    let lane = journal.lane();
+    let held = journal.append(&lane, &write(1, 1, 50), soon()).await.expect("room");
+    until("the journal sleeps", || journal.handle.shared.is_asleep()).await;
+    fs.set_faults(Faults {
+        fail_at: Some(2),
+        ..Faults::default()
+    });
+    let error = journal
+        .append(&lane, &write(2, 2, 50), soon())
+        .await
+        .expect_err("the sync fails");
+    assert_eq!(
+        (error.kind(), error.outcome()),
+        (ErrorKind::Unavailable, Outcome::Unknown)
+    );
+    journal.ended().await;
+    assert!(journal.poisoned());
+    let error = journal
+        .append(&lane, &write(3, 3, 50), soon())
+        .await
+        .expect_err("poisoned");
+    assert_eq!(
+        (error.kind(), error.outcome()),
+        (ErrorKind::Unavailable, Outcome::NotApplied)
+    );
+    assert!(journal.close().await.is_err());
+    assert_eq!((fs.failed(), fs.syncs_after_failure()), (1, 0));
+    // The same machine goes on: what it still reads of the group that was not synced is made durable, or is not there.
+    let (journal, recovered) = open_sim(&fs);
+    let survivors = recovered.writes.len();
+    let crashed = fs.disk().crashed(&crate::queue::journal::sim::Loss::All);
+    let (_, after_crash) = open_sim(&SimFs::new(crashed, Faults::default()));
+    assert_eq!(after_crash.writes.len(), survivors);
+    drop((held, journal));
+}
+
+#[tokio::test]
+async fn a_record_that_is_too_long_is_refused() {
+    let (journal, _) = open_sim(&SimFs::default());
+    let lane: Lane = journal.lane();
+    let longest = small().write_bytes_max();
+    let fits = write(1, 1, longest - write(1, 1, 0).key.bytes());
+    drop(journal.append(&lane, &fits, soon()).await.expect("the longest fits"));
+    let error = journal
+        .append(&lane, &write(1, 2, longest + 64), soon())
+        .await
+        .expect_err("too long");
+    assert_eq!(
+        (error.kind(), error.outcome()),
+        (ErrorKind::Rejected, Outcome::NotApplied)
+    );
+}
+
+#[tokio::test]
+async fn a_lull_tells_what_was_released() {
+    let fs = SimFs::default();
+    let config = Config {
+        idle_sync: Duration::from_millis(1),
+        ..small()
+    };
+    let (journal, _) =
+        Journal::open(Arc::new(fs.clone()), &config, JournalMetrics::default()).expect("an empty directory");
+    let lane = journal.lane();
+    drop(journal.append(&lane, &write(1, 1, 50), soon()).await.expect("room"));
+    let recovered = || {
+        let crashed = SimFs::new(
+            fs.disk().crashed(&crate::queue::journal::sim::Loss::All),
+            Faults::default(),
+        );
+        open_sim(&crashed).1.writes.len()
+    };
+    until("told on disk", || recovered() == 0).await;
+    drop(journal);
+}
+
+#[test]
+fn what_is_no_directory_is_refused() {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    assert!(DiskFs::create(file.path()).is_err());
+    let error = DiskFs::existing(file.path()).expect_err("a file");
+    assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
+}
