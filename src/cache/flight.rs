@@ -7,11 +7,11 @@
 //! A registered flight is a lease on the key. The order that makes it one:
 //! - a reader registers **before** it looks at pending, Redis or the store, and looks at L1 once more after it was made the
 //!   leader, for an earlier flight may have landed since its first look;
-//! - a writer makes its write visible in the slower tier (pending or the store) **before** it detaches the flight, and lands
-//!   its own copy in L1 **after**.
+//! - a writer makes its write visible in the slower tier (pending or the store) **before** it detaches the flight, and leaves
+//!   nothing older in L1 **after**: its own copy lands then, or was there already and what is older is dropped.
 //!
-//! So a load that began before a write was visible can land only before the writer detaches it, and then the writer's copy,
-//! being newer, lands over it. A load that registers after the detachment sees the write.
+//! So a load that began before a write was visible can land only before the writer detaches it, and does not outlast that. A load
+//! that registers after the detachment sees the write.
 
 use std::{
     collections::{HashMap, hash_map},

@@ -5,7 +5,7 @@
 //!
 //! Invariants, which make a late landing of an older copy impossible within the process:
 //! - a reader registers its flight before it looks at the slower tiers; a writer makes its write visible in the slower tiers (the
-//!   store or pending, and Redis) before it detaches the key's flight, and lands in L1 after that;
+//!   store or pending, and Redis) before it detaches the key's flight, and leaves nothing older in L1 after that;
 //! - pending is read before the store, so an entry that drains in between is found in one of them.
 //!
 //! Cancellation: a read's future may be dropped at any await; the load that it leads runs in a task of its own. A write's future may

@@ -121,8 +121,15 @@ impl Gateway {
             copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         }
         let (key, version) = (write.key.clone(), write.entry.version);
-        parts.queue.accept(write, permit, passage, write_delay);
-        self.land_in_memory(&key, copy);
+        // Into L1 before the drain can have it: what the store rejects is taken out of L1 afterwards, never before it got there.
+        parts.memory.land(&key, copy);
+        let pending = parts.queue.accept(write, permit, passage, write_delay);
+        parts.flights.detach(&key);
+        let standing = parts.memory.version(&key);
+        // A load that began earlier may have landed after an eviction; and what is superseded already is no copy to keep.
+        if let Some(stale) = standing.filter(|standing| *standing < version || (*standing == version && !pending)) {
+            parts.memory.drop_version(&key, stale);
+        }
         Ok(Written {
             version,
             durability: Durability::Memory,
@@ -145,7 +152,7 @@ impl Gateway {
         landing.await.ok()
     }
 
-    /// The last step of a write: from here on a load that began before it cannot land.
+    /// The last step of a write-through: from here on a load that began before it cannot land.
     fn land_in_memory(&self, key: &Key, copy: Copy) {
         let parts = self.parts();
         parts.flights.detach(key);

@@ -255,8 +255,8 @@ impl Queue {
     }
 
     /// Accepts an admitted write: visible to [`Queue::pending`] when this returns, and on its way to the store, once `write_delay`
-    /// has passed. Superseded at once where a write at least as new is pending, or was stored since the passage was had.
-    pub fn accept(&self, write: Write, permit: Permit, passage: Passage, write_delay: Duration) {
+    /// has passed. `false`: superseded at once, for a write at least as new is pending, or was stored since the passage was had.
+    pub fn accept(&self, write: Write, permit: Permit, passage: Passage, write_delay: Duration) -> bool {
         debug_assert!(write.key == passage.key, "a passage is for one key");
         let shared = &self.shared;
         let shard = shared.shard(&write.key);
@@ -269,6 +269,7 @@ impl Queue {
         if let Offered::Coalesced(_) = offered {
             shared.metrics.coalesced.inc();
         }
+        !matches!(offered, Offered::Refused(_))
     }
 
     /// The newest accepted write of a key that the store is not known to have.
