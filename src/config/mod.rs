@@ -398,6 +398,7 @@ mod tests {
         for (name, value) in [
             ("TIDEGATE_REDIS", "redis://:s3cret@h"),
             ("TIDEGATE_STORE", "postgres://u:s3cret@h/x"),
+            ("TIDEGATE_STORE", "postgres://u:a\"b`s3cret@h/x"),
             ("TIDEGATE_REDIS__TIMEOUT", "redis://:s3cret@h"),
             ("TIDEGATE_INSECURE", "postgres://u:s3cret@h/x"),
             ("TIDEGATE_NAMESPACE_DEFAULTS__WRITE_MODE", "redis://:s3cret@h"),
@@ -450,6 +451,7 @@ mod tests {
         let shown = format!("{config:?}{}", toml::to_string(&config).expect("serializes"));
         assert!(!shown.contains("s3cret"), "{shown}");
         assert!(shown.contains("postgres://app:***@db/x?***"));
+        assert_eq!(Url::new("postgres://app:s3?cret@db/x").masked(), "postgres://***");
         assert!(!refused("store_url = 'mysql://app:s3cret@db'").contains("s3cret"));
     }
 

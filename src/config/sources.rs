@@ -130,20 +130,15 @@ pub(super) fn assemble(settings: &Table) -> Result<Config, String> {
     settings.try_into().map_err(|error: toml::de::Error| reason(&error))
 }
 
-/// Why a value is refused, without the value: a URL with its password may stand where it does not belong.
+/// Why a value is refused; without it, where it may be a URL that stands in the wrong place, with its password.
 fn reason(error: &toml::de::Error) -> String {
+    const QUOTES: [char; 2] = ['"', '`'];
     let text = error.message();
-    let mut shown = String::with_capacity(text.len());
-    // Serde quotes text as "…", and what should have been one of some words as `…`.
-    for (index, part) in text.split(['"', '`']).enumerate() {
-        shown.push_str(if index % 2 == 1 && part.contains("://") {
-            "…"
-        } else {
-            part
-        });
-        shown.push('\'');
-    }
-    shown.pop();
+    let shown = match (text.find(QUOTES), text.rfind(QUOTES)) {
+        // All that is quoted: a password may hold quotes itself.
+        (Some(first), Some(last)) if text.contains("://") => format!("{}…{}", &text[..first], &text[last + 1..]),
+        _ => text.to_owned(),
+    };
     shown
         .replace("struct Config", "a section")
         .replace("struct NamespaceSettings", "a section")

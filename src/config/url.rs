@@ -23,16 +23,11 @@ impl Url {
 
     /// The URL with everything masked that can be a secret: the password, and every parameter behind the question mark.
     pub fn masked(&self) -> String {
-        let (base, parameters) = match self.0.split_once('?') {
-            // A question mark within a password: what is host and what is not cannot be told.
-            Some((base, rest)) if rest.contains('@') => {
-                (base.split_once("://").map_or("", |(scheme, _)| scheme), "://***")
-            }
-            Some((base, _)) => (base, "?***"),
-            None => (self.0.as_str(), ""),
-        };
-        if parameters == "://***" {
-            return format!("{base}{parameters}");
+        let (base, parameters) = self.0.split_once('?').unwrap_or((&self.0, ""));
+        if parameters.contains('@') {
+            // A question mark within a password: where the host begins cannot be told.
+            let scheme = base.split_once("://").map_or("", |(scheme, _)| scheme);
+            return format!("{scheme}://***");
         }
         let masked = match base.split_once("://") {
             Some((scheme, rest)) => match rest.rsplit_once('@') {
@@ -46,7 +41,7 @@ impl Url {
             },
             None => "***".to_owned(),
         };
-        masked + parameters
+        if parameters.is_empty() { masked } else { masked + "?***" }
     }
 }
 

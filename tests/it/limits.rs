@@ -207,6 +207,8 @@ async fn who_keeps_to_the_limit_of_calls_waits_for_a_place() {
         .config("[rpc]\nstreams_max = 2\ndeadline_default = \"1m\"")
         .start()
         .await;
+    // An answer shows that the client knows the limit: before, it may begin more calls than it is allowed.
+    gateway.client.read("key").await;
     let hold = database.hold_writes().await;
     let mut writes = JoinSet::new();
     for index in 0..10 {
