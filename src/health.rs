@@ -1,9 +1,10 @@
 //! Health: what orchestrators are told, by gRPC and by HTTP.
 //!
-//! Owns the meaning of healthy. The gateway itself (`""` and `tidegate.v1.Gateway`) is serving unless it is shutting down or cannot
-//! stamp versions: a dead store must not take every replica out of rotation while caches and write-behind can serve. The
-//! dependencies have names of their own, `tidegate.store` and `tidegate.cache`. Does not own the probing: the store's breaker
-//! and the Redis link know.
+//! Owns the meaning of healthy. The gateway itself (`""` and `tidegate.v1.Gateway`) is serving unless it is shutting down, cannot
+//! stamp versions, or has a journal that failed, which only a restart mends: a dead store must not take every replica out of rotation
+//! while caches and write-behind can serve, nor must a full disk, for reads and write-through go on. What it depends on has names of its
+//! own, `tidegate.store`, `tidegate.cache` and `tidegate.journal`. Does not own the probing: the store's breaker, the Redis link
+//! and the journal know.
 
 use std::{
     fmt,
@@ -17,12 +18,18 @@ use std::{
 use tokio::{sync::Mutex, time::sleep};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use crate::{clock::Clock, gateway::Gateway, store::Store};
+use crate::{
+    clock::Clock,
+    gateway::Gateway,
+    queue::{Queue, journal::State},
+    store::Store,
+};
 
 /// The gateway's own services, as health checks name them.
 const OWN_SERVICES: [&str; 2] = ["", "tidegate.v1.Gateway"];
 const STORE_SERVICE: &str = "tidegate.store";
 const CACHE_SERVICE: &str = "tidegate.cache";
+const JOURNAL_SERVICE: &str = "tidegate.journal";
 
 /// How long a change may take to show.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -33,6 +40,7 @@ pub struct Health {
     store: Store,
     /// The background runtime's, for its connection to Redis.
     background: Gateway,
+    queue: Queue,
     clock: Arc<Clock>,
     stopping: Arc<AtomicBool>,
     reporter: HealthReporter,
@@ -47,6 +55,7 @@ pub struct Readiness {
     pub ready: bool,
     store: bool,
     cache: Option<bool>,
+    journal: State,
 }
 
 impl fmt::Display for Readiness {
@@ -54,16 +63,27 @@ impl fmt::Display for Readiness {
         let word = |up: bool| if up { "up" } else { "down" };
         let cache = self.cache.map_or("none", word);
         let gateway = if self.ready { "ready" } else { "not ready" };
-        writeln!(f, "{gateway}\nstore: {}\ncache: {cache}", word(self.store))
+        let journal = match self.journal {
+            State::Up => "up",
+            State::Full => "full",
+            State::DiskFull => "disk full",
+            State::Failed => "failed",
+        };
+        writeln!(
+            f,
+            "{gateway}\nstore: {}\ncache: {cache}\njournal: {journal}",
+            word(self.store)
+        )
     }
 }
 
 impl Health {
     /// Health of a gateway over a store.
-    pub fn new(store: Store, background: Gateway, clock: Arc<Clock>) -> Health {
+    pub fn new(store: Store, background: Gateway, queue: Queue, clock: Arc<Clock>) -> Health {
         Health {
             store,
             background,
+            queue,
             clock,
             stopping: Arc::new(AtomicBool::new(false)),
             reporter: HealthReporter::new(),
@@ -78,10 +98,13 @@ impl Health {
 
     /// The state now.
     pub fn readiness(&self) -> Readiness {
+        let journal = self.queue.journal_state();
+        let stopping = self.stopping.load(Ordering::Relaxed);
         Readiness {
-            ready: !self.stopping.load(Ordering::Relaxed) && self.clock.is_leased(),
+            ready: !stopping && self.clock.is_leased() && journal != State::Failed,
             store: !self.store.breaker().is_open(),
             cache: self.background.redis_is_up(),
+            journal,
         }
     }
 
@@ -109,9 +132,12 @@ impl Health {
         for service in OWN_SERVICES {
             self.reporter.set_service_status(service, status(readiness.ready)).await;
         }
-        self.reporter
-            .set_service_status(STORE_SERVICE, status(readiness.store))
-            .await;
+        for (service, up) in [
+            (STORE_SERVICE, readiness.store),
+            (JOURNAL_SERVICE, readiness.journal == State::Up),
+        ] {
+            self.reporter.set_service_status(service, status(up)).await;
+        }
         if let Some(cache) = readiness.cache {
             self.reporter.set_service_status(CACHE_SERVICE, status(cache)).await;
         }
@@ -141,7 +167,8 @@ mod tests {
     };
 
     fn health(rig: &Rig) -> Health {
-        Health::new(rig.store.clone(), rig.gateway.clone(), Arc::clone(rig.clock()))
+        let queue = rig.queue().clone();
+        Health::new(rig.store.clone(), rig.gateway.clone(), queue, Arc::clone(rig.clock()))
     }
 
     /// What a health check is answered; `None`: the service is not known.
@@ -181,7 +208,10 @@ mod tests {
         assert_eq!(told(&health, STORE_SERVICE).await, Some(Wire::NotServing));
         assert_eq!(told(&health, "").await, Some(Wire::Serving));
         assert_eq!(told(&health, CACHE_SERVICE).await, None, "there is no Redis");
-        assert_eq!(health.readiness().to_string(), "ready\nstore: down\ncache: none\n");
+        assert_eq!(
+            health.readiness().to_string(),
+            "ready\nstore: down\ncache: none\njournal: up\n"
+        );
     }
 
     #[tokio::test(start_paused = true)]

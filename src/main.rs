@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, anyhow};
@@ -10,8 +11,9 @@ use clap::{Parser, Subcommand};
 use tidegate::{
     config::{Config, Flags},
     operations,
+    queue::journal::{JournalError, fs::DiskFs, inspect},
     shutdown::StopSignals,
-    start::{Ending, Running},
+    start::{Ending, Running, StartError},
     telemetry::start_log,
 };
 
@@ -20,6 +22,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// The arguments or the configuration are wrong (EX_USAGE).
 const EXIT_USAGE: u8 = 64;
+/// The journal's directory holds what cannot be trusted (EX_DATAERR).
+const EXIT_DATA: u8 = 65;
 /// Something that the gateway needs is not there (EX_UNAVAILABLE).
 const EXIT_UNAVAILABLE: u8 = 69;
 /// A task of the gateway died (EX_SOFTWARE).
@@ -47,6 +51,17 @@ enum Command {
     Config(Flags),
     /// Exit 0 if the gateway with this configuration is ready
     Health(Flags),
+    /// Look into the journal of this configuration, or mend it
+    #[command(subcommand)]
+    Journal(JournalCommand),
+}
+
+#[derive(Subcommand)]
+enum JournalCommand {
+    /// Say what lies in it; exit 65 if a start would refuse it
+    Inspect(Flags),
+    /// Make one that a start refuses fit again: keep what can be read, set the old files aside; no gateway may run on it
+    Repair(Flags),
 }
 
 fn main() -> ExitCode {
@@ -67,11 +82,25 @@ fn main() -> ExitCode {
         Some(Command::Serve(flags)) => configured(&flags, serve),
         Some(Command::Config(flags)) => configured(&flags, print),
         Some(Command::Health(flags)) => configured(&flags, health),
+        Some(Command::Journal(JournalCommand::Inspect(flags))) => configured(&flags, inspect),
+        Some(Command::Journal(JournalCommand::Repair(flags))) => configured(&flags, repair),
     };
     done.unwrap_or_else(|error| {
         say(&mut io::stderr(), &format!("tidegate: {error:#}"));
-        ExitCode::from(EXIT_UNAVAILABLE)
+        ExitCode::from(code(&error))
     })
+}
+
+/// The exit code of what ended the process.
+fn code(error: &anyhow::Error) -> u8 {
+    let started = error.downcast_ref::<StartError>().map(|error| match error {
+        StartError::Journal(error) => Some(error),
+        _ => None,
+    });
+    match started.unwrap_or_else(|| error.downcast_ref::<JournalError>()) {
+        Some(error) if error.is_of_content() => EXIT_DATA,
+        _ => EXIT_UNAVAILABLE,
+    }
 }
 
 fn configured(flags: &Flags, run: impl FnOnce(&Config) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
@@ -98,6 +127,25 @@ fn health(config: &Config) -> anyhow::Result<ExitCode> {
     } else {
         Err(anyhow!("the gateway at {address} is not ready"))
     }
+}
+
+fn inspect(config: &Config) -> anyhow::Result<ExitCode> {
+    let path = config.journal_dir();
+    let fs = DiskFs::existing(&path).with_context(|| format!("there is no journal {}", path.display()))?;
+    let inspection = inspect::inspect(&fs)?;
+    say(&mut io::stdout(), &inspection.to_string());
+    Ok(match inspection.refusal {
+        None => ExitCode::SUCCESS,
+        Some(_) => ExitCode::from(EXIT_DATA),
+    })
+}
+
+fn repair(config: &Config) -> anyhow::Result<ExitCode> {
+    let path = config.journal_dir();
+    let fs = DiskFs::existing(&path).with_context(|| format!("there is no journal {}", path.display()))?;
+    let repair = inspect::repair(Arc::new(fs), &config.journal)?;
+    say(&mut io::stdout(), &repair.to_string());
+    Ok(ExitCode::SUCCESS)
 }
 
 fn serve(config: &Config) -> anyhow::Result<ExitCode> {
@@ -139,7 +187,7 @@ async fn run(config: &Config) -> anyhow::Result<ExitCode> {
             Ending::LeftBehind => EXIT_LEFT_BEHIND,
         })),
         () = signals.next() => {
-            tracing::error!("stopped at once by a second signal, with whatever was under way or pending in memory");
+            tracing::error!("stopped at once by a second signal, with whatever was under way or rested on memory alone");
             Ok(ExitCode::from(EXIT_AT_ONCE))
         }
     }

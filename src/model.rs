@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 
 /// The longest namespace, in bytes (all of its characters are ASCII).
-const NAMESPACE_BYTES_MAX: usize = 63;
+pub const NAMESPACE_BYTES_MAX: usize = 63;
 
 /// The longest key, in bytes of UTF-8: both parts of the primary key must fit one PostgreSQL index row.
 pub const KEY_BYTES_MAX: usize = 1024;

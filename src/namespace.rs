@@ -18,7 +18,17 @@ pub enum WriteMode {
     Behind,
 }
 
-/// What a write-behind write does when the queue is full.
+/// What OK to a write-behind write rests on until the store has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BehindDurability {
+    /// The journal: it survives this process, and a loss of power.
+    Journal,
+    /// This process's memory: it is lost with the process.
+    Memory,
+}
+
+/// What a write-behind write does when the queue, or the journal, is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QueueFull {
@@ -34,13 +44,18 @@ pub enum QueueFull {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NamespaceSettings {
-    /// The mode of writes that do not name one. Default: `through`. `behind` answers sooner and rests on memory alone.
+    /// The mode of writes that do not name one. Default: `through`. `behind` answers sooner, and rests on what `durability` says until
+    /// the store has the write.
     pub write_mode: WriteMode,
+    /// What OK to a write-behind write rests on. Default: `journal`, on this machine's disk. `memory` answers a sync of the disk sooner
+    /// and loses what the store does not have yet when the process dies; where a write of the key that rests on the journal is
+    /// pending, it rests on the journal all the same.
+    pub durability: BehindDurability,
     /// How long a write-behind write waits for later writes of its key to join it, before the store is written; not under
-    /// pressure. Default: 0. Longer saves store writes on hot keys and leaves more to lose with the process.
+    /// pressure. Default: 0. Longer saves store writes on hot keys, and leaves more to the journal, or to lose with the process.
     #[serde(with = "humantime_serde")]
     pub write_delay: Duration,
-    /// What a write-behind write does when the queue is full. Default: `wait`.
+    /// What a write-behind write does when the queue, or the journal, is full. Default: `wait`.
     pub queue_full: QueueFull,
     /// How long a copy in L1 or Redis may answer before the store is asked again, give or take a tenth. Default: 5 minutes.
     /// Bounds how stale a cached read can be when another replica, or somebody past Tidegate, wrote.
@@ -83,6 +98,7 @@ impl Default for NamespaceSettings {
     fn default() -> NamespaceSettings {
         NamespaceSettings {
             write_mode: WriteMode::Through,
+            durability: BehindDurability::Journal,
             write_delay: Duration::ZERO,
             queue_full: QueueFull::Wait,
             cache_lifetime: Duration::from_secs(300),

@@ -6,6 +6,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
     sync::mpsc,
@@ -27,8 +28,12 @@ use crate::{
     error::Error,
     gateway::{Gateway, GatewayParts, Refreshes},
     health::Health,
+    model::Version,
     operations,
-    queue::{Dropped, Left, Queue},
+    queue::{
+        self, Left, Notice, Queue,
+        journal::{Journal, JournalError, Recovered, fs::DiskFs},
+    },
     rpc::serve::Server,
     shutdown,
     store::{
@@ -45,12 +50,18 @@ const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
 /// How long background tasks may take to end once nothing waits for them: the node id is given back then.
 const TASKS_WAIT: Duration = Duration::from_secs(3);
 
+/// How many notices of the queue are passed on to Redis at a time.
+const NOTICES_AT_A_TIME: usize = 64;
+
 /// Why the gateway did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The data directory is not ours to use.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
+    /// The journal cannot be used, or not be trusted.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// The store cannot be used, or could not be reached in time.
     #[error("the store {url} cannot be used")]
     Store {
@@ -62,6 +73,9 @@ pub enum StartError {
     /// The store leased no node id.
     #[error("{0}")]
     Node(Error),
+    /// A task of the start failed.
+    #[error("the gateway failed while it started: {0}")]
+    Died(JoinError),
     /// The Redis URL is none.
     #[error(transparent)]
     Redis(#[from] redis::InvalidUrl),
@@ -119,34 +133,36 @@ impl Running {
             .transpose()?;
         let mut metrics = Metrics::default();
         let mut tasks = Tasks::default();
+        let (journal, recovered) = open_journal(config, &metrics).await?;
         let store = open_store(config).await?;
         tasks.add([watch::start(store.clone(), &tasks.stop)]);
-        let clock = lease(config, &store, &data_dir, &mut tasks).await?;
-        let (parts, dropped) = assemble(config, redis, &store, clock, &metrics, &mut tasks);
+        let clock = lease(config, &store, &data_dir, recovered.high_water, &mut tasks).await?;
+        let queue = queue::Parts {
+            store: store.clone(),
+            clock,
+            journal,
+            recovered: recovered.writes,
+            metrics: metrics.queue.clone(),
+            store_metrics: metrics.store.clone(),
+        };
+        let (parts, notices) = assemble(config, redis, queue, &metrics, &mut tasks);
         let gateway = Gateway::on_this_thread(&parts, metrics.calls.thread());
         // Ends with the drain workers, when all of theirs is done.
-        tasks.add([tokio::spawn(forget(gateway.clone(), dropped))]);
+        tasks.add([tokio::spawn(heed(gateway.clone(), notices))]);
         let collecting = collect::start(store.clone(), &config.store, metrics.store.clone(), &tasks.stop);
         tasks.add([collecting]);
 
-        let health = Health::new(store.clone(), gateway.clone(), Arc::clone(&parts.clock));
+        let health = Health::new(
+            store.clone(),
+            gateway.clone(),
+            parts.queue.clone(),
+            Arc::clone(&parts.clock),
+        );
         // Once before the port opens, so that nobody is told that a service is not known.
         health.report().await;
         tasks.spawn(health.clone().keep());
         observe(&mut metrics, &store, &parts);
-        let operations = listen(config.operations.listen).await?;
-        let operations_address = address(&operations, config.operations.listen)?;
-        let serving = operations::serve(
-            operations,
-            Arc::new(metrics.registry),
-            health.clone(),
-            tasks.stop.clone(),
-        );
-        tasks.add([tokio::spawn(async {
-            if let Err(error) = serving.await {
-                tracing::error!(%error, "the operations port failed");
-            }
-        })]);
+        let operations_address = open_operations(config, metrics.registry, &health, &mut tasks).await?;
         let listener = listen(config.listen).await?;
         let failed = |source| StartError::Serve {
             address: config.listen,
@@ -175,8 +191,8 @@ impl Running {
         })
     }
 
-    /// Stops in the order in which data flows: says so, finishes calls, closes admission, drains, gives the node back; and says in one
-    /// line what happened.
+    /// Stops in the order in which data flows: says so, finishes calls, closes admission, drains, gives the node back, closes the journal
+    /// with what is left in it; and says in one line what happened.
     pub async fn stop(self, config: &shutdown::Config) -> Ending {
         let started = Instant::now();
         self.health.stop().await;
@@ -184,11 +200,14 @@ impl Running {
         self.queue.close();
         let left = self.queue.drained(Instant::now() + config.drain_wait).await;
         self.background.stop(TASKS_WAIT).await;
+        if let Err(error) = self.queue.close_journal().await {
+            tracing::error!(%error, "the journal was not closed in order; the next start reads what is on disk");
+        }
         let seconds = started.elapsed().as_secs_f64();
-        let Left { entries, bytes } = left;
+        let Left { entries, bytes, lost } = left;
         if entries > 0 {
-            let what = "stopped, and lost accepted writes that the store did not take in time";
-            tracing::error!(seconds, entries, bytes, calls_finished, "{what}");
+            let what = "stopped; the store did not take every accepted write in time: what is in the journal comes back with the next start";
+            tracing::error!(seconds, entries, bytes, lost, calls_finished, "{what}");
         } else if !calls_finished {
             let what = "stopped, and cut off calls that did not end in time; every accepted write is in the store";
             tracing::error!(seconds, "{what}");
@@ -246,6 +265,28 @@ impl Tasks {
     }
 }
 
+/// The journal, and what an earlier process left in it.
+async fn open_journal(config: &Config, metrics: &Metrics) -> Result<(Journal, Recovered), StartError> {
+    let (path, config, metrics) = (config.journal_dir(), config.journal.clone(), metrics.journal.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        let fs = DiskFs::create(&path).map_err(|source| JournalError::Unusable {
+            path: path.display().to_string(),
+            source,
+        })?;
+        Journal::open(Arc::new(fs), &config, metrics)
+    });
+    let (journal, recovered) = opening.await.map_err(StartError::Died)??;
+    if !recovered.writes.is_empty() {
+        tracing::info!(
+            writes = recovered.writes.len(),
+            bytes = recovered.bytes,
+            seconds = recovered.took.as_secs_f64(),
+            "recovered accepted writes from the journal"
+        );
+    }
+    Ok((journal, recovered))
+}
+
 /// The store, with its tables up to date: waits for one that does not answer yet.
 async fn open_store(config: &Config) -> Result<Store, StartError> {
     let url = config.store_url();
@@ -296,6 +337,7 @@ async fn lease(
     config: &Config,
     store: &Store,
     data_dir: &DataDir,
+    recovered: Option<Version>,
     tasks: &mut Tasks,
 ) -> Result<Arc<Clock>, StartError> {
     let claimant = Claimant {
@@ -307,7 +349,7 @@ async fn lease(
         .await
         .map_err(StartError::Node)?;
     let grant = lease.grant();
-    let clock = Arc::new(Clock::new(grant.node, grant.high_water));
+    let clock = Arc::new(Clock::new(grant.node, grant.high_water.max(recovered)));
     lease.reserve(&clock, deadline).await.map_err(StartError::Node)?;
     tasks.add([lease.start(Arc::clone(&clock), &tasks.stop)]);
     Ok(clock)
@@ -317,24 +359,16 @@ async fn lease(
 fn assemble(
     config: &Config,
     redis: Option<redis::Server>,
-    store: &Store,
-    clock: Arc<Clock>,
+    queue: queue::Parts,
     metrics: &Metrics,
     tasks: &mut Tasks,
-) -> (GatewayParts, mpsc::Receiver<Dropped>) {
+) -> (GatewayParts, mpsc::Receiver<Notice>) {
+    let (store, clock) = (&queue.store, Arc::clone(&queue.clock));
     let commits = GroupCommit::new(store.clone(), &config.store, metrics.store.clone());
     let loads = GroupLoad::new(store.clone(), &config.store, metrics.store.clone());
     tasks.add(commits.start(&tasks.stop));
     tasks.add(loads.start(&tasks.stop));
-    let queue_metrics = metrics.queue.clone();
-    let started = Queue::start(
-        &config.queue,
-        store,
-        Arc::clone(&clock),
-        queue_metrics,
-        &metrics.store,
-        &tasks.stop,
-    );
+    let started = Queue::start(&config.queue, queue, &tasks.stop);
     tasks.add(started.workers);
     let parts = GatewayParts {
         clock,
@@ -349,14 +383,21 @@ fn assemble(
         refreshes: Refreshes::default(),
         load_wait: config.rpc.deadline_default,
     };
-    (parts, started.dropped)
+    (parts, started.notices)
 }
 
-/// Takes what the store did not out of the caches.
-async fn forget(gateway: Gateway, mut dropped: mpsc::Receiver<Dropped>) {
-    while let Some(Dropped { key, version, .. }) = dropped.recv().await {
-        gateway.forget(&key, version).await;
+/// Tells the caches what became of writes that leave the queue. Ends early if that panics, which stops the process.
+async fn heed(gateway: Gateway, mut notices: mpsc::Receiver<Notice>) {
+    // In any order: of two notices that concern one key, the caches keep the higher version.
+    let mut heeded = JoinSet::new();
+    while let Some(notice) = notices.recv().await {
+        if heeded.len() >= NOTICES_AT_A_TIME && matches!(heeded.join_next().await, Some(Err(_))) {
+            return;
+        }
+        let gateway = gateway.clone();
+        heeded.spawn(async move { gateway.heed(notice).await });
     }
+    while heeded.join_next().await.is_some() {}
 }
 
 /// The metrics that are read when they are scraped.
@@ -388,6 +429,24 @@ fn observe(metrics: &mut Metrics, store: &Store, parts: &GatewayParts) {
     metrics.gauge("memory_cache_bytes", "Bytes of the copies in L1", move || {
         memory.bytes() as f64
     });
+}
+
+/// Opens the operations port. Where it is.
+async fn open_operations(
+    config: &Config,
+    registry: Registry,
+    health: &Health,
+    tasks: &mut Tasks,
+) -> Result<SocketAddr, StartError> {
+    let listener = listen(config.operations.listen).await?;
+    let address = address(&listener, config.operations.listen)?;
+    let serving = operations::serve(listener, Arc::new(registry), health.clone(), tasks.stop.clone());
+    tasks.add([tokio::spawn(async {
+        if let Err(error) = serving.await {
+            tracing::error!(%error, "the operations port failed");
+        }
+    })]);
+    Ok(address)
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, StartError> {

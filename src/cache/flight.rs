@@ -210,6 +210,7 @@ fn land_in(memory: &Memory, key: &Key, loaded: Loaded, now: Timestamp) -> Loaded
         Landing::Refused { standing } if standing.is_fresh(now) => Loaded {
             copy: standing,
             source: Source::L1,
+            stale: false,
         },
         Landing::Landed | Landing::Renewed | Landing::Refused { .. } => loaded,
     }

@@ -59,6 +59,8 @@ pub struct Loaded {
     pub copy: Copy,
     /// The tier that knew.
     pub source: Source,
+    /// Whether something newer may stand in the store, which could not be asked.
+    pub stale: bool,
 }
 
 /// A lifetime for one copy: `base`, give or take a tenth, so that copies made together do not end together.

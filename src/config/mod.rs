@@ -18,9 +18,11 @@ pub use self::url::Url;
 
 use crate::{
     cache::{memory, redis},
-    model::check_namespace,
+    model::{KEY_BYTES_MAX, NAMESPACE_BYTES_MAX, check_namespace},
     namespace::{NamespaceSettings, Namespaces},
-    operations, queue, rpc,
+    operations,
+    queue::{self, journal},
+    rpc,
     settings::Unfit,
     shutdown, store, telemetry,
 };
@@ -57,7 +59,7 @@ pub struct Flags {
 pub struct Config {
     /// Where gRPC is served. Default: 127.0.0.1:50051. Port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Where the gateway keeps files of its own: its mark, and the embedded database. Default: `data`. One process at a time.
+    /// Where the gateway keeps files of its own: its mark, its journal, and the embedded database. Default: `data`. One process at a time.
     pub data_dir: PathBuf,
     /// The store, `postgres://…` or `sqlite://…`. Default: `tidegate.db` in the data directory.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,6 +81,8 @@ pub struct Config {
     pub redis: redis::Config,
     /// The queue of write-behind writes and its drain.
     pub queue: queue::Config,
+    /// The journal of write-behind writes, in the data directory.
+    pub journal: journal::Config,
     /// The store's connections and bounds.
     pub store: store::Config,
     /// How the process stops.
@@ -103,6 +107,7 @@ impl Default for Config {
             memory: memory::Config::default(),
             redis: redis::Config::default(),
             queue: queue::Config::default(),
+            journal: journal::Config::default(),
             store: store::Config::default(),
             shutdown: shutdown::Config::default(),
             namespace_defaults: NamespaceSettings::default(),
@@ -190,6 +195,11 @@ impl Config {
         Namespaces::new(self.namespace_defaults.clone(), self.namespaces.clone())
     }
 
+    /// Where the journal is.
+    pub fn journal_dir(&self) -> PathBuf {
+        self.data_dir.join("journal")
+    }
+
     /// The store's URL, said or default.
     pub fn store_url(&self) -> Url {
         self.store_url.clone().unwrap_or_else(|| {
@@ -207,6 +217,7 @@ impl Config {
         in_section("rpc", self.rpc.validate())?;
         in_section("redis", self.redis.validate())?;
         in_section("queue", self.queue.validate())?;
+        in_section("journal", self.journal.validate())?;
         in_section("store", self.store.validate())?;
         in_section("shutdown", self.shutdown.validate())?;
         in_section("namespace_defaults", self.namespace_defaults.validate())?;
@@ -218,6 +229,15 @@ impl Config {
         if self.rpc.value_bytes_max.saturating_mul(2) > self.queue.bytes_max.get() {
             let reason = "must be at least twice rpc.value_bytes_max, or one value could fill the queue";
             return in_section("queue", Err(Unfit::new("bytes_max", reason)));
+        }
+        let longest = self
+            .rpc
+            .value_bytes_max
+            .saturating_add(NAMESPACE_BYTES_MAX + KEY_BYTES_MAX);
+        if longest > self.journal.write_bytes_max() {
+            let reason =
+                "must be at least eight times rpc.value_bytes_max and some, or the longest write would not fit";
+            return in_section("journal", Err(Unfit::new("segment_bytes", reason)));
         }
         let delays = self.namespaces.values().chain([&self.namespace_defaults]);
         let longest = delays.map(|settings| settings.write_delay).max().unwrap_or_default();

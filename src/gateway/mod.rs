@@ -36,9 +36,9 @@ use crate::{
     },
     clock::Clock,
     error::{Error, ErrorKind},
-    model::{Entry, Key, Source, Timestamp, Version},
+    model::{Entry, Key, Source, Timestamp, Version, Write},
     namespace::{Namespaces, WriteMode},
-    queue::Queue,
+    queue::{Dropped, Notice, Queue, journal::Lane},
     store::{commit::GroupCommit, load::GroupLoad},
     telemetry::{CacheMetrics, calls::ThreadCounters},
 };
@@ -62,6 +62,8 @@ pub enum ReadConsistency {
 pub enum Durability {
     /// Committed in the store.
     Store,
+    /// On disk, in this gateway's journal.
+    Journal,
     /// In this process's memory.
     Memory,
 }
@@ -75,6 +77,8 @@ pub struct Found {
     pub source: Source,
     /// How long ago the copy was known to be current.
     pub age: Duration,
+    /// Whether something newer may stand in the store, which could not be asked.
+    pub stale: bool,
 }
 
 /// A checked write.
@@ -146,6 +150,8 @@ struct Inner {
     parts: GatewayParts,
     /// This thread's own connection.
     redis: Option<RedisCache>,
+    /// This thread's own place in the journal's wake-ups.
+    lane: Lane,
     counters: Arc<ThreadCounters>,
     /// Loads and admitted writes, which outlive their calls.
     tasks: TaskTracker,
@@ -160,6 +166,7 @@ impl Gateway {
             inner: Arc::new(Inner {
                 parts: parts.clone(),
                 redis,
+                lane: parts.queue.lane(),
                 counters,
                 tasks: TaskTracker::new(),
             }),
@@ -178,7 +185,7 @@ impl Gateway {
                 ReadConsistency::Store => self.get_stored(key, None, deadline).await,
             }
         };
-        let Loaded { copy, source } = timeout_at(deadline, look)
+        let Loaded { copy, source, stale } = timeout_at(deadline, look)
             .await
             .map_err(|_| Error::new(ErrorKind::Timeout, "the deadline passed before a tier answered"))??;
         self.inner.counters.answered(source);
@@ -187,18 +194,35 @@ impl Gateway {
             entry: copy.entry.filter(|entry| entry.is_live(now)),
             source,
             age: now.since(copy.loaded_at),
+            stale,
         })
+    }
+
+    /// Does in the caches what a write that leaves the queue asks for.
+    pub async fn heed(&self, notice: Notice) {
+        match notice {
+            Notice::Dropped(Dropped { key, version, .. }) => self.forget(&key, version).await,
+            Notice::Confirmed(write) => self.publish_recovered(&write).await,
+        }
     }
 
     /// Removes a version from the caches, where it still stands: the store did not take it. From the slower tier to the faster, as a
     /// write lands: a load that begins after the detachment no longer finds it.
-    pub async fn forget(&self, key: &Key, version: Version) {
+    async fn forget(&self, key: &Key, version: Version) {
         if let Some(redis) = &self.inner.redis {
             // A failure leaves a copy that ends with its lifetime; the link has counted and logged it.
             let _ = redis.drop_version(key, version).await;
         }
         self.parts().flights.detach(key);
         self.parts().memory.drop_version(key, version);
+    }
+
+    /// Offers a write that an earlier process had accepted to Redis, now that the store has it; then it leaves the queue. Until then this
+    /// replica's reads see it there, and not what is older in Redis.
+    async fn publish_recovered(&self, write: &Write) {
+        let copy = self.copy_of(&write.key, Some(write.entry.clone()), self.parts().clock.now());
+        let _standing = self.publish(write, &copy).await;
+        self.parts().queue.published(&write.key, write.entry.version);
     }
 
     /// Waits until the tasks that outlive their calls have ended. No call may begin any more.

@@ -3,7 +3,7 @@
 //! Owns which tiers a consistency may ask and in which order, loads and their landing, and refresh-ahead. Does not own time limits
 //! of a call ([`Gateway::get`] bounds it) nor the rule of landing ([`flight`](crate::cache::flight)). Safe to drop at any await.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{task::JoinHandle, time::Instant};
 
@@ -16,6 +16,7 @@ use crate::{
     },
     error::{Error, ErrorKind},
     model::{Key, Source, Timestamp},
+    queue::PendingEntry,
 };
 
 impl Gateway {
@@ -50,7 +51,14 @@ impl Gateway {
         let above = self.look_above_store(key).await;
         let now = self.parts().clock.now();
         match above {
-            Some(loaded) if loaded.source == Source::Pending || loaded.copy.is_fresh(now) => Ok(loaded),
+            Some(loaded) if !loaded.stale && (loaded.source == Source::Pending || loaded.copy.is_fresh(now)) => {
+                Ok(loaded)
+            }
+            // Durable, and the newest that is known here: better than no answer, and the caller is told.
+            Some(unconfirmed) if unconfirmed.stale => {
+                let confirmed = self.get_stored(key, Some(unconfirmed.clone()), deadline).await;
+                confirmed.or(Ok(unconfirmed))
+            }
             // A copy past its lifetime does not answer by itself, but an older row does not answer over it either.
             above => self.get_stored(key, above, deadline).await,
         }
@@ -68,6 +76,8 @@ impl Gateway {
         let stored = self.load(key, deadline).await?;
         let asked_at = stored.copy.loaded_at;
         let mut found = [pending, above].into_iter().flatten().fold(stored, newest);
+        // The store was asked: nothing newer stands there.
+        found.stale = false;
         if !found.copy.is_fresh(asked_at) {
             // Confirmed just now: the store knows nothing newer.
             found.copy = self.copy_of(key, found.copy.entry, asked_at);
@@ -80,16 +90,24 @@ impl Gateway {
         Some(Loaded {
             copy,
             source: Source::L1,
+            stale: false,
         })
     }
 
     fn look_in_pending(&self, key: &Key) -> Option<Loaded> {
-        let pending = self.parts().queue.pending(key)?;
-        // Nothing on this replica is more current, however long ago it was accepted.
-        let copy = self.copy_of(key, Some(pending), self.parts().clock.now());
+        let PendingEntry { entry, unconfirmed } = self.parts().queue.pending(key)?;
+        let copy = if unconfirmed {
+            // Current when it was stamped, for all that is known; and not to answer from L1.
+            let stamped_at = entry.version.stamped_at();
+            Copy::new(Some(entry), stamped_at, Duration::ZERO)
+        } else {
+            // Nothing on this replica is more current, however long ago it was accepted.
+            self.copy_of(key, Some(entry), self.parts().clock.now())
+        };
         Some(Loaded {
             copy,
             source: Source::Pending,
+            stale: unconfirmed,
         })
     }
 
@@ -121,6 +139,7 @@ impl Gateway {
         Some(Loaded {
             copy,
             source: Source::L2,
+            stale: false,
         })
     }
 
@@ -133,6 +152,7 @@ impl Gateway {
         Ok(Loaded {
             copy,
             source: Source::Store,
+            stale: false,
         })
     }
 
@@ -185,6 +205,7 @@ impl Gateway {
         if let Ok(Loaded {
             copy,
             source: Source::Store,
+            stale: false,
         }) = &outcome
             && let Some(entry) = copy.entry.clone()
             && self.inner.redis.is_some()

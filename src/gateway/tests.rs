@@ -16,8 +16,11 @@ use crate::{
     cache::memory,
     error::Outcome,
     model::{NODE_BITS, VERSION_EPOCH_MILLIS, Write},
-    namespace::{NamespaceSettings, QueueFull},
-    queue::{self, Dropped},
+    namespace::{BehindDurability, NamespaceSettings, QueueFull},
+    queue::{
+        self,
+        journal::{Journal, Record, sim},
+    },
     store::{
         self, Store,
         fake::{Call, FakeBackend, Fault, eventually},
@@ -39,6 +42,8 @@ pub(crate) struct Setup {
     pub(crate) memory_bytes: usize,
     pub(crate) flights_max: usize,
     pub(crate) refreshes_max: usize,
+    pub(crate) journal: Journal,
+    pub(crate) recovered: Vec<(Write, Record)>,
 }
 
 /// A gateway, and the tiers around it.
@@ -53,11 +58,17 @@ pub(crate) struct Rig {
 /// A gateway over an empty store, changed as a test needs it.
 pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let mut setup = Setup {
-        namespace: NamespaceSettings::default(),
+        // In paused time nothing can wait for the journal's thread.
+        namespace: NamespaceSettings {
+            durability: BehindDurability::Memory,
+            ..NamespaceSettings::default()
+        },
         queue: queue::Config::default(),
         memory_bytes: 1 << 20,
         flights_max: 100,
         refreshes_max: REFRESHES_MAX,
+        journal: sim::journal(),
+        recovered: Vec::new(),
     };
     change(&mut setup);
     setup.namespace.validate().expect("valid");
@@ -76,14 +87,15 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let mut tasks = vec![watch::start(store.clone(), &stop)];
     tasks.extend(commits.start(&stop));
     tasks.extend(loads.start(&stop));
-    let started = Queue::start(
-        &setup.queue,
-        &store,
-        Arc::clone(&clock),
-        queue_metrics.clone(),
-        &store_metrics,
-        &stop,
-    );
+    let queue = queue::Parts {
+        store: store.clone(),
+        clock: Arc::clone(&clock),
+        journal: setup.journal.clone(),
+        recovered: setup.recovered,
+        metrics: queue_metrics.clone(),
+        store_metrics,
+    };
+    let mut started = Queue::start(&setup.queue, queue, &stop);
     tasks.extend(started.workers);
     let parts = GatewayParts {
         clock,
@@ -101,10 +113,10 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
         load_wait: PATIENCE,
     };
     let gateway = Gateway::on_this_thread(&parts, Arc::default());
-    let (forgetting, mut dropped) = (gateway.clone(), started.dropped);
+    let heeding = gateway.clone();
     tasks.push(tokio::spawn(async move {
-        while let Some(Dropped { key, version, .. }) = dropped.recv().await {
-            forgetting.forget(&key, version).await;
+        while let Some(notice) = started.notices.recv().await {
+            heeding.heed(notice).await;
         }
     }));
     Rig {
@@ -117,6 +129,10 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
 }
 
 impl Rig {
+    pub(crate) fn queue(&self) -> &Queue {
+        &self.parts().queue
+    }
+
     pub(crate) fn clock(&self) -> &Arc<Clock> {
         &self.parts().clock
     }

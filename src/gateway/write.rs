@@ -13,9 +13,9 @@ use super::{Durability, Gateway, WriteRequest, Written, died};
 use crate::{
     cache::Copy,
     error::{Error, ErrorKind},
-    model::{Entry, Key, Timestamp, Version, Write, weight},
+    model::{Entry, Key, Timestamp, Version, Write},
     namespace::WriteMode,
-    queue::{Admission, Permit},
+    queue::{Admission, Claim},
     store::Committed,
 };
 
@@ -62,9 +62,10 @@ impl Gateway {
             return self.write_through(draft).await;
         }
         // Nothing has happened before this is granted: a caller that goes away while it waits has written nothing.
-        let weight = weight(&draft.key, draft.value.as_ref());
-        match self.parts().queue.admit(weight, settings.queue_full, deadline).await? {
-            Admission::Granted(permit) => self.write_behind(draft, permit, settings.write_delay).await,
+        let (key, value) = (&draft.key, draft.value.as_ref());
+        let admission = (self.parts().queue).admit(key, value, settings.durability, settings.queue_full, deadline);
+        match admission.await? {
+            Admission::Granted(claim) => self.write_behind(draft, claim, settings.write_delay).await,
             Admission::WriteThrough => self.write_through(draft).await,
         }
     }
@@ -92,21 +93,22 @@ impl Gateway {
         })
     }
 
-    async fn write_behind(&self, draft: Draft, permit: Permit, write_delay: Duration) -> Result<Written, Error> {
+    async fn write_behind(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
         let (gateway, deadline) = (self.clone(), draft.deadline);
-        self.detached(
-            deadline,
-            async move { gateway.accept(draft, permit, write_delay).await },
-        )
-        .await
+        self.detached(deadline, async move { gateway.accept(draft, claim, write_delay).await })
+            .await
     }
 
-    /// Stamp, publish, and stamp anew while another replica's newer write stands in Redis: then it is pending, and so accepted.
-    async fn accept(&self, draft: Draft, permit: Permit, write_delay: Duration) -> Result<Written, Error> {
-        let parts = self.parts();
+    /// Stamp, append, publish, and stamp and append anew while another replica's newer write stands in Redis: then it is pending, and so
+    /// accepted. No reader can see it before it is as durable as it is to be.
+    async fn accept(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
+        let (parts, lane) = (self.parts(), &self.inner.lane);
         let passage = parts.queue.enter(&draft.key);
         let mut write = draft.stamped(self.stamp(&draft.key, None)?);
-        // The journal's place is here: durable, then visible.
+        let mut held = parts.queue.append(lane, claim, &write, draft.deadline).await?;
+        // Once it is in the journal, a restart may bring it back.
+        let journaled = held.is_journaled();
+        let given_up = |error: Error| if journaled { error.unknown() } else { error };
         let mut copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         while let Some(standing) = self.publish(&write, &copy).await {
             // A newer write of this replica was concurrent with this one, which is thus written and superseded.
@@ -115,38 +117,42 @@ impl Gateway {
             }
             if Instant::now() >= draft.deadline {
                 let message = "the deadline passed before the write was accepted";
-                return Err(Error::new(ErrorKind::Timeout, message));
+                return Err(given_up(Error::new(ErrorKind::Timeout, message)));
             }
-            write.entry.version = self.stamp(&draft.key, Some(standing))?;
+            write.entry.version = self.stamp(&draft.key, Some(standing)).map_err(given_up)?;
+            let appended = parts.queue.append_anew(lane, held, &write, draft.deadline).await;
+            held = appended.map_err(given_up)?;
             copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         }
+        let durability = if held.is_journaled() {
+            Durability::Journal
+        } else {
+            Durability::Memory
+        };
         let (key, version) = (write.key.clone(), write.entry.version);
         // Into L1 before the drain can have it: what the store rejects is taken out of L1 afterwards, never before it got there.
         parts.memory.land(&key, copy);
-        let pending = parts.queue.accept(write, permit, passage, write_delay);
+        let pending = parts.queue.accept(write, held, passage, write_delay);
         parts.flights.detach(&key);
         let standing = parts.memory.version(&key);
         // A load that began earlier may have landed after an eviction; and what is superseded already is no copy to keep.
         if let Some(stale) = standing.filter(|standing| *standing < version || (*standing == version && !pending)) {
             parts.memory.drop_version(&key, stale);
         }
-        Ok(Written {
-            version,
-            durability: Durability::Memory,
-        })
+        Ok(Written { version, durability })
     }
 
     /// A version above everything known to stand on the key.
     fn stamp(&self, key: &Key, standing: Option<Version>) -> Result<Version, Error> {
         let parts = self.parts();
-        let pending = parts.queue.pending(key).map(|pending| pending.version);
+        let pending = parts.queue.pending(key).map(|pending| pending.entry.version);
         let known = standing.max(pending).max(parts.memory.version(key));
         let stamped = parts.clock.stamp(known);
         stamped.map_err(|lapsed| Error::new(ErrorKind::Unavailable, lapsed.to_string()))
     }
 
     /// Offers a write to Redis. The version that stands there now; `None` where there is no Redis, or no answer.
-    async fn publish(&self, write: &Write, copy: &Copy) -> Option<Version> {
+    pub(super) async fn publish(&self, write: &Write, copy: &Copy) -> Option<Version> {
         let redis = self.inner.redis.as_ref()?;
         let landing = redis.land(&write.key, &write.entry, copy.loaded_at, copy.lifetime());
         landing.await.ok()

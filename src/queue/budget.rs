@@ -2,7 +2,7 @@
 //!
 //! Owns the counting and who waits for room. Does not own what a full queue means for a caller (the handle's policies) nor what
 //! is counted (the pending tables). Invariants: a permit is claimed by who submits a write, before the write is accepted, rides with
-//! it and is given back when dropped, so the bounds hold at every moment; the drain never claims, so a full queue always drains;
+//! it and is given back when dropped, so the bounds hold at every moment, but for what an earlier process had accepted; the drain never claims, so a full queue always drains;
 //! who waits is served first come first served, and a newcomer cannot pass.
 
 use std::{
@@ -35,6 +35,9 @@ pub(super) struct Budget {
     /// At or below this much room the queue is under pressure.
     entries_pressed: usize,
     bytes_pressed: usize,
+    /// What is claimed beyond the bounds, by writes that an earlier process had accepted: what is given back pays this off first.
+    entries_owed: AtomicUsize,
+    bytes_owed: AtomicUsize,
     /// How many wait for room.
     waiting: AtomicUsize,
     /// Told of every permit that is given back once the budget is closed.
@@ -43,7 +46,7 @@ pub(super) struct Budget {
 
 /// Room for one write. Given back when dropped.
 #[derive(Debug)]
-pub struct Permit {
+pub(super) struct Permit {
     budget: Arc<Budget>,
     bytes: u32,
 }
@@ -63,6 +66,8 @@ impl Budget {
             bytes_max,
             entries_pressed: pressed(entries_max),
             bytes_pressed: pressed(bytes_max),
+            entries_owed: AtomicUsize::new(0),
+            bytes_owed: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
             freed: Notify::new(),
         }
@@ -76,6 +81,17 @@ impl Budget {
         self.bytes.try_acquire_many(bytes).map_err(no_permit)?.forget();
         permit.bytes = bytes;
         Ok(permit)
+    }
+
+    /// Room for a write that an earlier process had accepted: beyond the bounds where it must be.
+    pub(super) fn overdraw(self: &Arc<Budget>, weight: usize) -> Permit {
+        self.entries_owed
+            .fetch_add(1 - self.entries.forget_permits(1), Ordering::Relaxed);
+        let mut permit = self.permit();
+        permit.bytes = self.charge(weight);
+        let owed = permit.bytes as usize - self.bytes.forget_permits(permit.bytes as usize);
+        self.bytes_owed.fetch_add(owed, Ordering::Relaxed);
+        permit
     }
 
     /// A place among those who wait for room. Presses the queue from now on, until it is dropped.
@@ -109,8 +125,8 @@ impl Budget {
     /// Entries and bytes claimed: of pending writes, and of those admitted but not yet accepted.
     pub(super) fn claimed(&self) -> (usize, usize) {
         (
-            self.entries_max - self.entries.available_permits(),
-            self.bytes_max - self.bytes.available_permits(),
+            self.entries_max - self.entries.available_permits() + self.entries_owed.load(Ordering::Relaxed),
+            self.bytes_max - self.bytes.available_permits() + self.bytes_owed.load(Ordering::Relaxed),
         )
     }
 
@@ -151,7 +167,7 @@ impl Waiting {
     ///
     /// # Errors
     /// [`NoPermit::Closed`].
-    pub(super) async fn admit(self, weight: usize) -> Result<Permit, NoPermit> {
+    pub(super) async fn admit(&self, weight: usize) -> Result<Permit, NoPermit> {
         let budget = &self.budget;
         budget.entries.acquire().await.map_err(|_| NoPermit::Closed)?.forget();
         let mut permit = budget.permit();
@@ -172,12 +188,23 @@ impl Drop for Waiting {
 impl Drop for Permit {
     fn drop(&mut self) {
         // Bytes first, so that no entry counted means nothing counted.
-        self.budget.bytes.add_permits(self.bytes as usize);
-        self.budget.entries.add_permits(1);
+        give_back(&self.budget.bytes, &self.budget.bytes_owed, self.bytes as usize);
+        give_back(&self.budget.entries, &self.budget.entries_owed, 1);
         if self.budget.is_closed() {
             self.budget.freed.notify_waiters();
         }
     }
+}
+
+/// Gives permits back, after what is owed.
+fn give_back(permits: &Semaphore, owed: &AtomicUsize, count: usize) {
+    let mut paid = 0;
+    // Nearly always nothing is owed.
+    if owed.load(Ordering::Relaxed) > 0 {
+        let before = owed.update(Ordering::Relaxed, Ordering::Relaxed, |owed| owed.saturating_sub(count));
+        paid = before.min(count);
+    }
+    permits.add_permits(count - paid);
 }
 
 fn no_permit(error: TryAcquireError) -> NoPermit {
@@ -208,6 +235,28 @@ mod tests {
         drop(first);
         drop(second);
         assert_eq!(budget.claimed(), (0, 0));
+    }
+
+    #[test]
+    fn what_an_earlier_process_accepted_is_held_beyond_the_bounds_and_paid_off_first() {
+        let budget = budget(2, 100);
+        let recovered: Vec<Permit> = (0..4).map(|_| budget.overdraw(40)).collect();
+        assert_eq!(budget.claimed(), (4, 160));
+        assert!(budget.is_pressed());
+        for (permit, claimed) in recovered.into_iter().zip([(3, 120), (2, 80), (1, 40), (0, 0)]) {
+            assert_eq!(
+                budget.try_admit(1).is_ok(),
+                claimed.0 == 0,
+                "nothing is admitted while more is held"
+            );
+            drop(permit);
+            assert_eq!(budget.claimed(), claimed);
+        }
+        assert_eq!(
+            budget.try_admit(100).map(|permit| permit.bytes).ok(),
+            Some(100),
+            "all of the bounds is there"
+        );
     }
 
     #[test]

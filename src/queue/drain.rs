@@ -19,7 +19,11 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Config, DropReason, Dropped, Permit, Shard, Shared, bisect::Bisection, pending::Pending};
+use super::{
+    Config, DropReason, Dropped, Held, Notice, Shard, Shared,
+    bisect::Bisection,
+    pending::{Pending, Settled},
+};
 use crate::{
     backoff::Backoff,
     model::Write,
@@ -38,7 +42,7 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
     index: usize,
     session: Session,
-    dropped: mpsc::Sender<Dropped>,
+    notices: mpsc::Sender<Notice>,
     batch_writes_max: usize,
     batch_bytes_max: usize,
     commits: Retry,
@@ -72,7 +76,7 @@ impl Worker {
         shared: Arc<Shared>,
         index: usize,
         session: Session,
-        dropped: mpsc::Sender<Dropped>,
+        notices: mpsc::Sender<Notice>,
         config: &Config,
         metrics: &StoreMetrics,
     ) -> Worker {
@@ -83,7 +87,7 @@ impl Worker {
             shared,
             index,
             session,
-            dropped,
+            notices,
             batch_writes_max: config.drain_batch_writes_max.get(),
             batch_bytes_max: config.drain_batch_bytes_max.get(),
             commits: Retry::new(config),
@@ -244,34 +248,40 @@ impl Worker {
     }
 
     /// Lets go of committed writes, and then tells which of them the store did not need: what is told while it is still pending
-    /// could be found there, and cached, again. Condemns those that came too late: they stay until they are buried.
+    /// could be found there, and cached, again. One that an earlier process had accepted is told instead, and let go of once it is
+    /// published. Condemns those that came too late: they stay until they are buried.
     async fn settle(&mut self, writes: &[Write], committed: &[Committed]) {
         debug_assert_eq!(writes.len(), committed.len());
-        let (mut done, mut lost, mut late) = (Vec::with_capacity(writes.len()), Vec::new(), Vec::new());
-        for (write, committed) in writes.iter().zip(committed) {
-            match *committed {
-                Committed::Applied => done.push(write),
-                Committed::Superseded { standing } => {
-                    done.push(write);
-                    lost.push((write, DropReason::Superseded { standing }));
+        let (mut late, mut notices) = (Vec::new(), Vec::new());
+        for (writes, committed) in writes.chunks(LOCKED_MAX).zip(committed.chunks(LOCKED_MAX)) {
+            // What they hold is freed when the lock is not held any more.
+            let mut left: Vec<Option<Held>> = Vec::with_capacity(writes.len());
+            self.shared.change(self.shard(), |pending| {
+                for (write, committed) in writes.iter().zip(committed) {
+                    let (key, version) = (&write.key, write.entry.version);
+                    match *committed {
+                        Committed::Applied => match pending.settle(key, version) {
+                            Settled::Left(held) => left.push(held),
+                            Settled::ToPublish => notices.push(Notice::Confirmed(write.clone())),
+                        },
+                        Committed::Superseded { standing } => {
+                            left.push(pending.lose(key, version));
+                            notices.push(dropped(write, DropReason::Superseded { standing }));
+                        }
+                        Committed::BelowHorizon { horizon } => {
+                            late.push(DeadLetter::below_horizon(write.clone(), horizon));
+                        }
+                        Committed::Skipped => {}
+                    }
                 }
-                Committed::BelowHorizon { horizon } => late.push(DeadLetter::below_horizon(write.clone(), horizon)),
-                Committed::Skipped => {}
-            }
-        }
-        self.condemn(late);
-        for writes in done.chunks(LOCKED_MAX) {
-            // The permits are freed when the lock is.
-            let _freed: Vec<Permit> = self.shared.change(self.shard(), |pending| {
-                let settled = writes
-                    .iter()
-                    .filter_map(|write| pending.settle(&write.key, write.entry.version));
-                settled.collect()
             });
         }
-        self.metrics.superseded.inc_by(lost.len() as u64);
-        for (write, why) in lost {
-            self.tell_dropped(write, why).await;
+        self.condemn(late);
+        for notice in notices {
+            if matches!(notice, Notice::Dropped(_)) {
+                self.metrics.superseded.inc();
+            }
+            self.tell(notice).await;
         }
     }
 
@@ -303,9 +313,9 @@ impl Worker {
                 self.burials.succeeded();
                 self.metrics.dead_letters.inc();
                 let Write { key, entry } = &letter.write;
-                let bury = |pending: &mut Pending<Permit>| pending.bury(key, entry.version);
-                drop(self.shared.change(self.shard(), bury));
-                self.tell_dropped(&letter.write, DropReason::DeadLettered).await;
+                let end = |pending: &mut Pending<Held>| pending.end(key, entry.version);
+                drop(self.shared.change(self.shard(), end));
+                self.tell(dropped(&letter.write, DropReason::DeadLettered)).await;
             }
             Err(error) => {
                 if !self.burials.is_failing() {
@@ -317,14 +327,9 @@ impl Worker {
         }
     }
 
-    async fn tell_dropped(&mut self, write: &Write, why: DropReason) {
-        let dropped = Dropped {
-            key: write.key.clone(),
-            version: write.entry.version,
-            why,
-        };
+    async fn tell(&mut self, notice: Notice) {
         // Nobody listens any more only when the gateway is going down.
-        let _unheard = self.dropped.send(dropped).await;
+        let _unheard = self.notices.send(notice).await;
     }
 
     fn failed(&mut self, error: &StoreError) {
@@ -384,6 +389,14 @@ impl Retry {
     fn is_over(&self, now: Instant, closed: bool) -> bool {
         self.ends_at(closed).is_none_or(|ends_at| ends_at <= now)
     }
+}
+
+fn dropped(write: &Write, why: DropReason) -> Notice {
+    Notice::Dropped(Dropped {
+        key: write.key.clone(),
+        version: write.entry.version,
+        why,
+    })
 }
 
 fn swallowed() -> StoreError {

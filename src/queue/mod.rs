@@ -1,14 +1,16 @@
 //! Writes accepted and not yet in the store: the write-behind queue.
 //!
-//! Limits first: entries and bytes over the whole queue (`budget`), one pending write per key (`pending`), one batch in flight
-//! per worker (`drain`), so that much beyond the bytes bound is in memory at most. Then the way of a write: [`Queue::admit`]
-//! claims room and may wait; [`Queue::accept`] makes it visible and cannot fail; between the two its caller makes it as durable as
-//! it must be, for what is visible may not vanish. A worker commits it and forgets it. Owns all of that; does not own stamping,
-//! caches or what a caller is told (the gateway), nor the meaning of a store's errors (the store). Invariants: an accepted write
-//! leaves only when the store holds it or something newer, or when it is a dead letter; the higher version always stands.
+//! Limits first: entries and bytes over the whole queue (`budget`), room in the [`journal`], one pending write per key (`pending`), one
+//! batch in flight per worker (`drain`), so that much beyond the bytes bound is in memory at most. Then the way of a write:
+//! [`Queue::admit`] claims room and may wait; [`Queue::append`] makes it durable; [`Queue::accept`] makes it visible and cannot fail.
+//! A worker commits it and forgets it, and its record in the journal is released. What an earlier process had accepted is pending from the
+//! start. Owns all of that; does not own stamping, caches or what a caller is told (the gateway), nor the meaning of a store's errors
+//! (the store). Invariants: an accepted write leaves only when the store holds it or something newer, or when it is a dead letter; until
+//! then its record is held, or that of a newer one of its key; the higher version always stands.
 //!
-//! Nothing points up: what did not make it into the store comes out of a channel, as [`Dropped`].
+//! Nothing points up: what the caches must hear of comes out of a channel, as [`Notice`].
 
+mod admission;
 mod bisect;
 mod budget;
 mod config;
@@ -18,7 +20,11 @@ mod pending;
 #[cfg(test)]
 mod tests;
 
-pub use self::{budget::Permit, config::Config};
+pub use self::{
+    admission::{Admission, Claim, Held},
+    config::Config,
+    pending::PendingEntry,
+};
 
 use std::{
     hash::BuildHasher,
@@ -29,6 +35,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use tokio::{
@@ -41,31 +48,32 @@ use tokio_util::sync::CancellationToken;
 use self::{
     budget::{Budget, NoPermit},
     drain::Worker,
+    journal::{Journal, Lane, Record, State},
     pending::{Offered, Pending},
 };
 use crate::{
     clock::Clock,
     error::{Error, ErrorKind},
-    model::{Entry, Key, Timestamp, Version, Write},
-    namespace::QueueFull,
+    model::{Key, Timestamp, Version, Write, weight},
+    namespace::{BehindDurability, QueueFull},
     store::Store,
     telemetry::{QueueMetrics, StoreMetrics},
 };
 
-/// How many [`Dropped`] may wait for the gateway before the drain waits for it.
-const DROPPED_MAX: usize = 1024;
+/// How many [`Notice`]s may wait for the gateway before the drain waits for it.
+const NOTICES_MAX: usize = 1024;
 
 /// When to come back to a full queue whose store takes writes: the next commit makes room.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
 
-/// The answer to a write that asks for room.
-#[derive(Debug)]
-#[must_use = "a permit that is dropped gives its room back"]
-pub enum Admission {
-    /// There is room, and it is claimed.
-    Granted(Permit),
-    /// There is none, and the namespace wants the write to go through to the store.
-    WriteThrough,
+/// Word of a write that leaves, for the caches' sake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// It did not make it into the store.
+    Dropped(Dropped),
+    /// It is one that an earlier process had accepted, and is in the store now: it may be published, and then is to be told
+    /// to [`Queue::published`]. Until then it is pending.
+    Confirmed(Write),
 }
 
 /// An accepted write that did not make it into the store. Copies of this version are to be removed from the caches, where they still
@@ -110,14 +118,32 @@ pub struct Left {
     pub entries: usize,
     /// The bytes that they are charged.
     pub bytes: usize,
+    /// How many of them rest on memory alone, and are lost with the process. The others are in the journal.
+    pub lost: usize,
+}
+
+/// What a queue is made of.
+pub struct Parts {
+    /// Where writes go.
+    pub store: Store,
+    /// The time.
+    pub clock: Arc<Clock>,
+    /// What accepted writes rest on.
+    pub journal: Journal,
+    /// What an earlier process had accepted.
+    pub recovered: Vec<(Write, Record)>,
+    /// What is counted.
+    pub metrics: QueueMetrics,
+    /// What is counted about commits.
+    pub store_metrics: StoreMetrics,
 }
 
 /// A queue that runs.
 pub struct Started {
     /// Its handle.
     pub queue: Queue,
-    /// What did not make it into the store. The drain waits for whoever reads this; it goes on without when the receiver is dropped.
-    pub dropped: mpsc::Receiver<Dropped>,
+    /// What the caches must hear of. The drain waits for whoever reads this; it goes on without when the receiver is dropped.
+    pub notices: mpsc::Receiver<Notice>,
     /// The drain workers. None ends before it is told to; one that does is a fault of the gateway.
     pub workers: Vec<JoinHandle<()>>,
 }
@@ -147,6 +173,7 @@ struct Shared {
     shards: Box<[Shard]>,
     hasher: RandomState,
     budget: Arc<Budget>,
+    journal: Journal,
     clock: Arc<Clock>,
     metrics: QueueMetrics,
     /// Cancelled when the queue is closed: ends the waits of the workers.
@@ -157,23 +184,16 @@ struct Shared {
 }
 
 struct Shard {
-    pending: Mutex<Pending<Permit>>,
+    pending: Mutex<Pending<Held>>,
     /// Told when its worker may have something to do sooner than it thinks.
     changed: Notify,
 }
 
 impl Queue {
     /// Starts a queue with its drain workers on the current runtime. They end when `stop` is cancelled, at once: a commit under way is
-    /// cut off, and what is pending then is lost to this process. So first [`Queue::close`] and await [`Queue::drained`].
-    pub fn start(
-        config: &Config,
-        store: &Store,
-        clock: Arc<Clock>,
-        metrics: QueueMetrics,
-        store_metrics: &StoreMetrics,
-        stop: &CancellationToken,
-    ) -> Started {
-        let workers = config.drain_workers.get().min(store.writers_max()).max(1);
+    /// cut off. So first [`Queue::close`] and await [`Queue::drained`], and afterwards [`Queue::close_journal`].
+    pub fn start(config: &Config, parts: Parts, stop: &CancellationToken) -> Started {
+        let workers = config.drain_workers.get().min(parts.store.writers_max()).max(1);
         let shared = Arc::new(Shared {
             shards: (0..workers).map(|_| Shard::new()).collect(),
             hasher: RandomState::default(),
@@ -182,22 +202,26 @@ impl Queue {
                 config.bytes_max.get(),
                 config.pressure,
             )),
-            clock,
-            metrics,
+            journal: parts.journal,
+            clock: parts.clock,
+            metrics: parts.metrics,
             closing: CancellationToken::new(),
             failing: AtomicUsize::new(0),
             retry_backoff_max: config.retry_backoff_max,
         });
-        let (sender, dropped) = mpsc::channel(DROPPED_MAX);
+        for (write, record) in parts.recovered {
+            shared.restore(write, record);
+        }
+        let (sender, notices) = mpsc::channel(NOTICES_MAX);
         let mut tasks = Vec::new();
         for index in 0..workers {
             let worker = Worker::new(
                 Arc::clone(&shared),
                 index,
-                store.session(),
+                parts.store.session(),
                 sender.clone(),
                 config,
-                store_metrics,
+                &parts.store_metrics,
             );
             let stop = stop.clone();
             tasks.push(tokio::spawn(async move {
@@ -206,42 +230,120 @@ impl Queue {
         }
         Started {
             queue: Queue { shared },
-            dropped,
+            notices,
             workers: tasks,
         }
     }
 
-    /// Claims room for a write of `weight` bytes ([`Write::weight`]). Where there is none, does as `full` says. Cancel-safe: who stops
-    /// waiting has claimed nothing.
+    /// A lane for the current thread, which is to append over it. Its task is spawned on the current runtime: call this there.
+    pub fn lane(&self) -> Lane {
+        self.shared.journal.lane()
+    }
+
+    /// Claims room for a write of a key: in the queue, and in the journal if it is to rest on that. Where there is none, does as `full` says.
+    /// Cancel-safe: who stops waiting has claimed nothing.
+    ///
+    /// A write that is to rest on memory rests on the journal where one that does is pending: a crash must not uncover that one.
     ///
     /// # Errors
     /// All of them say that nothing was applied. [`ErrorKind::Overloaded`]: full, and `full` says to refuse.
-    /// [`ErrorKind::Timeout`]: full until `deadline`. [`ErrorKind::Unavailable`]: closed.
-    pub async fn admit(&self, weight: usize, full: QueueFull, deadline: Instant) -> Result<Admission, Error> {
-        match self.shared.budget.try_admit(weight) {
-            Ok(permit) => return Ok(Admission::Granted(permit)),
-            Err(NoPermit::Closed) => return Err(closed()),
-            Err(NoPermit::Full) => self.shared.metrics.full.inc(),
+    /// [`ErrorKind::Timeout`]: full until `deadline`. [`ErrorKind::Unavailable`]: closed, or the journal has failed.
+    /// [`ErrorKind::Rejected`]: larger than the journal takes.
+    pub async fn admit(
+        &self,
+        key: &Key,
+        value: Option<&Bytes>,
+        durability: BehindDurability,
+        full: QueueFull,
+        deadline: Instant,
+    ) -> Result<Admission, Error> {
+        let shared = &self.shared;
+        let weight = weight(key, value);
+        let journaled = durability == BehindDurability::Journal || self.is_journaled(key);
+        let record_bytes = journaled.then(|| key.bytes() + value.map_or(0, Bytes::len));
+        let message = match self.claim_unless_full(weight, record_bytes, deadline).await? {
+            Ok(claim) => return Ok(Admission::Granted(claim)),
+            Err(message) => message,
         };
+        shared.metrics.full.inc();
         match full {
             QueueFull::WriteThrough => Ok(Admission::WriteThrough),
-            QueueFull::Reject => Err(
-                Error::new(ErrorKind::Overloaded, "the queue of write-behind writes is full")
-                    .retry_after(self.retry_after()),
-            ),
+            QueueFull::Reject => Err(Error::new(ErrorKind::Overloaded, message).retry_after(self.retry_after())),
             QueueFull::Wait => {
-                let waiting = self.shared.budget.line_up();
-                self.shared.wake_all();
-                match timeout_at(deadline, waiting.admit(weight)).await {
-                    Ok(Ok(permit)) => Ok(Admission::Granted(permit)),
-                    Ok(Err(_)) => Err(closed()),
-                    Err(_) => Err(Error::new(
-                        ErrorKind::Timeout,
-                        "the queue of write-behind writes stayed full until the deadline",
-                    )),
-                }
+                let line = shared.budget.line_up();
+                // Nothing is delayed while somebody waits for room.
+                shared.wake_all();
+                let permit = match timeout_at(deadline, line.admit(weight)).await {
+                    Ok(Ok(permit)) => permit,
+                    Ok(Err(_)) => return Err(closed()),
+                    Err(_) => {
+                        return Err(Error::new(
+                            ErrorKind::Timeout,
+                            "the queue of write-behind writes stayed full until the deadline",
+                        ));
+                    }
+                };
+                let room = match record_bytes {
+                    Some(bytes) => Some(shared.journal.room(bytes, deadline).await?),
+                    None => None,
+                };
+                Ok(Admission::Granted(Claim { permit, room }))
             }
         }
+    }
+
+    /// Room, if nothing is full; or what is.
+    async fn claim_unless_full(
+        &self,
+        weight: usize,
+        record_bytes: Option<usize>,
+        deadline: Instant,
+    ) -> Result<Result<Claim, &'static str>, Error> {
+        let Shared { budget, journal, .. } = &*self.shared;
+        let permit = match budget.try_admit(weight) {
+            Ok(permit) => permit,
+            Err(NoPermit::Closed) => return Err(closed()),
+            Err(NoPermit::Full) => return Ok(Err("the queue of write-behind writes is full")),
+        };
+        let room = match record_bytes {
+            None => None,
+            Some(bytes) => match journal.room_unless_full(bytes, deadline).await? {
+                Some(room) => Some(room),
+                None if journal.state() == State::DiskFull => return Ok(Err("the journal's disk is full")),
+                None => return Ok(Err("the journal is full")),
+            },
+        };
+        Ok(Ok(Claim { permit, room }))
+    }
+
+    /// Makes an admitted write as durable as it was admitted to be. Not cancel-safe: run it in a task of its own.
+    ///
+    /// # Errors
+    /// As [`Journal::append`]; the claim is given back.
+    pub async fn append(&self, lane: &Lane, claim: Claim, write: &Write, deadline: Instant) -> Result<Held, Error> {
+        let Claim { permit, room } = claim;
+        let record = match room {
+            Some(room) => Some(self.shared.journal.append(lane, room, write, deadline).await?),
+            None => None,
+        };
+        Ok(Held { permit, record })
+    }
+
+    /// The same for a write that nobody has seen and that has got a new stamp since: its record is replaced.
+    ///
+    /// # Errors
+    /// As [`Queue::append`], and [`ErrorKind::Timeout`] where there was no room until `deadline`. What they say is of this try: a restart
+    /// may yet find the first record.
+    pub async fn append_anew(&self, lane: &Lane, held: Held, write: &Write, deadline: Instant) -> Result<Held, Error> {
+        let Held { permit, record } = held;
+        // First, or those who wait for room could all hold what the others wait for.
+        let Some(record) = record else {
+            return Ok(Held { permit, record });
+        };
+        drop(record);
+        let bytes = write.key.bytes() + write.entry.value_bytes();
+        let room = Some(self.shared.journal.room(bytes, deadline).await?);
+        self.append(lane, Claim { permit, room }, write, deadline).await
     }
 
     /// A passage for a write of `key`, which must be had before the write is stamped: from now on a version that the store comes to
@@ -256,12 +358,12 @@ impl Queue {
 
     /// Accepts an admitted write: visible to [`Queue::pending`] when this returns, and on its way to the store, once `write_delay`
     /// has passed. `false`: superseded at once, for a write at least as new is pending, or was stored since the passage was had.
-    pub fn accept(&self, write: Write, permit: Permit, passage: Passage, write_delay: Duration) -> bool {
+    pub fn accept(&self, write: Write, held: Held, passage: Passage, write_delay: Duration) -> bool {
         debug_assert!(write.key == passage.key, "a passage is for one key");
         let shared = &self.shared;
         let shard = shared.shard(&write.key);
         let now = shared.clock.now();
-        let offered = shared.change(shard, |pending| pending.offer(write, permit, now, write_delay));
+        let offered = shared.change(shard, |pending| pending.offer(write, held, now, write_delay));
         if shared.is_hurried() {
             shard.changed.notify_one();
         }
@@ -273,8 +375,19 @@ impl Queue {
     }
 
     /// The newest accepted write of a key that the store is not known to have.
-    pub fn pending(&self, key: &Key) -> Option<Entry> {
+    pub fn pending(&self, key: &Key) -> Option<PendingEntry> {
         self.shared.shard(key).pending.lock().get(key)
+    }
+
+    fn is_journaled(&self, key: &Key) -> bool {
+        let pending = self.shared.shard(key).pending.lock();
+        pending.payload(key).is_some_and(Held::is_journaled)
+    }
+
+    /// Tells that a write of [`Notice::Confirmed`] is published: it leaves.
+    pub fn published(&self, key: &Key, version: Version) {
+        let shared = &self.shared;
+        drop(shared.change(shared.shard(key), |pending| pending.end(key, version)));
     }
 
     /// Tells that the store holds `version` of a key, or something newer: a pending write at or below it has nothing left to do.
@@ -314,7 +427,25 @@ impl Queue {
         // What is left says whether it was in time.
         let _in_time = timeout_at(deadline, self.shared.budget.emptied()).await;
         let (entries, bytes) = self.shared.budget.claimed();
-        Left { entries, bytes }
+        let in_memory = |shard: &Shard| {
+            let pending = shard.pending.lock();
+            pending.payloads().filter(|held| !held.is_journaled()).count()
+        };
+        let lost = self.shared.shards.iter().map(in_memory).sum();
+        Left { entries, bytes, lost }
+    }
+
+    /// Closes the journal, once nothing is appended any more: what has left the queue is not recovered by the next start, and what has not is.
+    ///
+    /// # Errors
+    /// The journal has failed: what left last may be recovered, which is harmless.
+    pub async fn close_journal(&self) -> Result<(), Error> {
+        self.shared.journal.close().await
+    }
+
+    /// What the journal can do.
+    pub fn journal_state(&self) -> State {
+        self.shared.journal.state()
     }
 
     /// When to come back to a full queue: room comes with the next commit.
@@ -335,7 +466,7 @@ impl Shared {
     }
 
     /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was.
-    fn change<R>(&self, shard: &Shard, change: impl FnOnce(&mut Pending<Permit>) -> R) -> R {
+    fn change<R>(&self, shard: &Shard, change: impl FnOnce(&mut Pending<Held>) -> R) -> R {
         let (before, result, after) = {
             let mut pending = shard.pending.lock();
             let before = pending.next_due();
@@ -350,7 +481,18 @@ impl Shared {
 
     /// Whether delays are ignored.
     fn is_hurried(&self) -> bool {
-        self.budget.is_closed() || self.budget.is_pressed()
+        self.budget.is_closed() || self.budget.is_pressed() || self.journal.is_pressed()
+    }
+
+    /// Takes in what an earlier process had accepted.
+    fn restore(&self, write: Write, record: Record) {
+        let held = Held {
+            permit: self.budget.overdraw(write.weight()),
+            record: Some(record),
+        };
+        let now = self.clock.now();
+        // The journal gives one write of each key, so nothing is refused.
+        let _ = self.change(self.shard(&write.key), |pending| pending.restore(write, held, now));
     }
 
     fn wake_all(&self) {

@@ -1,10 +1,10 @@
 //! The pending table of one shard: the newest accepted write of each key, which of them are in flight, and the order of draining.
 //!
 //! Owns the queue's state and every decision about it. Pure: no lock (the shard's), no clock (times are given), no I/O (the
-//! drain's), no counting against bounds (the budget's; a write's permit rides along as an opaque `P` and is handed back when its
-//! write leaves, so that it is freed outside of the shard's lock). Invariants: a key has one slot and the slot only moves
-//! forward; at most one version of a key is in flight; a slot's place in the order is the one of its oldest write that has not
-//! left, so a hot key is neither starved nor younger than it looks.
+//! drain's), no counting against bounds (the budget's) and no disk (the journal's): what a write holds of either rides along as a
+//! [`Payload`] and is handed back when its write leaves, so that it is freed outside of the shard's lock. Invariants: a key has one slot
+//! and the slot only moves forward; at most one version of a key is in flight; a slot's place in the order is the one of its
+//! oldest write that has not left, so a hot key is neither starved nor younger than it looks.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, hash_map},
@@ -16,16 +16,41 @@ use foldhash::fast::RandomState;
 
 use crate::model::{Entry, Key, Timestamp, Version, Write};
 
+/// What a write holds for as long as it is pending.
+pub(super) trait Payload {
+    /// Takes from another write of the same key, which leaves, what must outlive it and this one lacks.
+    fn inherit(&mut self, from: &mut Self);
+}
+
 /// What became of a write that was offered.
 #[derive(Debug)]
-#[must_use = "holds a permit to be freed"]
+#[must_use = "holds a payload to be freed"]
 pub(super) enum Offered<P> {
     /// Its key had nothing pending.
     Added,
-    /// It replaced an older write of its key, whose permit this is.
+    /// It replaced an older write of its key, whose payload this is.
     Coalesced(P),
-    /// A write at least as new stands here, or in the store by now; this is the permit of the one that was offered.
+    /// A write at least as new stands here, or in the store by now; this is the payload of the one that was offered.
     Refused(P),
+}
+
+/// What becomes of a write that the store has taken.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "holds a payload to be freed"]
+pub(super) enum Settled<P> {
+    /// It has left; its payload, if it was still here.
+    Left(Option<P>),
+    /// It was recovered, and stays in flight until it is published: only then may readers be sent to the caches.
+    ToPublish,
+}
+
+/// A pending write, as readers see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PendingEntry {
+    /// The entry.
+    pub entry: Entry,
+    /// Whether an earlier process accepted it, and the store has not been heard since: something newer may stand elsewhere.
+    pub unconfirmed: bool,
 }
 
 /// Where a slot stands in the order of draining.
@@ -58,7 +83,9 @@ struct Slot<P> {
     entry: Entry,
     /// [`Write::weight`] of the entry under its key.
     weight: usize,
-    permit: P,
+    payload: P,
+    /// See [`PendingEntry`].
+    unconfirmed: bool,
     course: Course,
 }
 
@@ -86,7 +113,7 @@ struct Passing {
     stored: Option<Version>,
 }
 
-impl<P> Pending<P> {
+impl<P: Payload> Pending<P> {
     /// An empty table.
     pub(super) fn new() -> Pending<P> {
         Pending {
@@ -122,12 +149,30 @@ impl<P> Pending<P> {
     }
 
     /// Offers a write accepted at `now`, to be drained no sooner than `write_delay` after the oldest that it is coalesced with.
-    pub(super) fn offer(&mut self, write: Write, permit: P, now: Timestamp, write_delay: Duration) -> Offered<P> {
+    pub(super) fn offer(&mut self, write: Write, payload: P, now: Timestamp, write_delay: Duration) -> Offered<P> {
+        self.offer_as(write, payload, now, write_delay, false)
+    }
+
+    /// Offers a write that an earlier process accepted, as unconfirmed, and to be drained at once. It is as old as its stamp.
+    pub(super) fn restore(&mut self, write: Write, payload: P, now: Timestamp) -> Offered<P> {
+        // A stamp may be ahead of the clock.
+        let admitted = write.entry.version.stamped_at().min(now);
+        self.offer_as(write, payload, admitted, Duration::ZERO, true)
+    }
+
+    fn offer_as(
+        &mut self,
+        write: Write,
+        mut payload: P,
+        now: Timestamp,
+        write_delay: Duration,
+        unconfirmed: bool,
+    ) -> Offered<P> {
         let weight = write.weight();
         let Write { key, entry } = write;
         let stored = self.passing.get(&key).and_then(|passing| passing.stored);
         if stored.is_some_and(|stored| entry.version <= stored) {
-            return Offered::Refused(permit);
+            return Offered::Refused(payload);
         }
         match self.slots.entry(key) {
             hash_map::Entry::Vacant(vacant) => {
@@ -138,7 +183,8 @@ impl<P> Pending<P> {
                 vacant.insert(Slot {
                     entry,
                     weight,
-                    permit,
+                    payload,
+                    unconfirmed,
                     course: Course::Waiting(place),
                 });
                 Offered::Added
@@ -146,17 +192,20 @@ impl<P> Pending<P> {
             hash_map::Entry::Occupied(mut occupied) => {
                 let slot = occupied.get_mut();
                 if entry.version <= slot.entry.version {
-                    return Offered::Refused(permit);
+                    slot.payload.inherit(&mut payload);
+                    return Offered::Refused(payload);
                 }
                 self.bytes = self.bytes - slot.weight + weight;
                 slot.entry = entry;
                 slot.weight = weight;
+                slot.unconfirmed = unconfirmed;
                 if let Course::InFlight { next, .. } = &mut slot.course
                     && next.is_none()
                 {
                     *next = Some(place(&mut self.places, now, write_delay));
                 }
-                Offered::Coalesced(mem::replace(&mut slot.permit, permit))
+                payload.inherit(&mut slot.payload);
+                Offered::Coalesced(mem::replace(&mut slot.payload, payload))
             }
         }
     }
@@ -190,17 +239,28 @@ impl<P> Pending<P> {
         taken
     }
 
-    /// The try of `version` is over and the write has left: it is in the store, or lost to something newer there. A newer write of the
-    /// key stays and can be taken from now on. Harmless for a version that is not pending.
-    #[must_use = "holds a permit to be freed"]
-    pub(super) fn settle(&mut self, key: &Key, version: Version) -> Option<P> {
+    /// The try of `version` is over: the store has taken it. A newer write of the key stays and can be taken from now on. Harmless
+    /// for a version that is not pending.
+    pub(super) fn settle(&mut self, key: &Key, version: Version) -> Settled<P> {
         self.stored(key, version);
-        self.bury(key, version)
+        let standing = self.slots.get(key);
+        if standing.is_some_and(|slot| slot.unconfirmed && slot.entry.version == version) {
+            return Settled::ToPublish;
+        }
+        Settled::Left(self.end(key, version))
     }
 
-    /// The same of a write that left for the dead letters: the store need not hold anything of its key.
-    #[must_use = "holds a permit to be freed"]
-    pub(super) fn bury(&mut self, key: &Key, version: Version) -> Option<P> {
+    /// The same of a write that lost to something newer in the store.
+    #[must_use = "holds a payload to be freed"]
+    pub(super) fn lose(&mut self, key: &Key, version: Version) -> Option<P> {
+        self.stored(key, version);
+        self.end(key, version)
+    }
+
+    /// The same of a write that was told to be [`Settled::ToPublish`] and is published, and of one that left for the dead letters:
+    /// the store need not hold anything of its key.
+    #[must_use = "holds a payload to be freed"]
+    pub(super) fn end(&mut self, key: &Key, version: Version) -> Option<P> {
         let slot = self.slots.get_mut(key)?;
         if slot.entry.version <= version {
             return self.remove(key);
@@ -237,7 +297,7 @@ impl<P> Pending<P> {
 
     /// The store is known to hold `version` or newer by another way: a pending write at or below it has nothing left to do, in
     /// flight or not.
-    #[must_use = "holds a permit to be freed"]
+    #[must_use = "holds a payload to be freed"]
     pub(super) fn overtake(&mut self, key: &Key, version: Version) -> Option<P> {
         self.stored(key, version);
         let slot = self.slots.get(key)?;
@@ -249,8 +309,21 @@ impl<P> Pending<P> {
     }
 
     /// The newest accepted write of a key.
-    pub(super) fn get(&self, key: &Key) -> Option<Entry> {
-        self.slots.get(key).map(|slot| slot.entry.clone())
+    pub(super) fn get(&self, key: &Key) -> Option<PendingEntry> {
+        self.slots.get(key).map(|slot| PendingEntry {
+            entry: slot.entry.clone(),
+            unconfirmed: slot.unconfirmed,
+        })
+    }
+
+    /// What the pending writes hold.
+    pub(super) fn payloads(&self) -> impl Iterator<Item = &P> {
+        self.slots.values().map(|slot| &slot.payload)
+    }
+
+    /// What the pending write of a key holds.
+    pub(super) fn payload(&self, key: &Key) -> Option<&P> {
+        self.slots.get(key).map(|slot| &slot.payload)
     }
 
     /// When the oldest write that is here, in flight or not, was accepted.
@@ -284,7 +357,7 @@ impl<P> Pending<P> {
             Course::InFlight { place, .. } => place,
         };
         self.admissions.remove(&(place.admitted, place.number));
-        Some(slot.permit)
+        Some(slot.payload)
     }
 }
 
@@ -330,6 +403,14 @@ mod tests {
     #[derive(Debug)]
     struct Counted<'a>(&'a Cell<usize>);
 
+    impl Payload for () {
+        fn inherit(&mut self, (): &mut ()) {}
+    }
+
+    impl Payload for Counted<'_> {
+        fn inherit(&mut self, _: &mut Self) {}
+    }
+
     impl<'a> Counted<'a> {
         fn new(held: &'a Cell<usize>) -> Counted<'a> {
             held.set(held.get() + 1);
@@ -347,6 +428,10 @@ mod tests {
         let _ = pending.offer(write(number, version), (), Timestamp(now), Duration::ZERO);
     }
 
+    fn shown<P: Payload>(pending: &Pending<P>, number: u8) -> Option<Entry> {
+        pending.get(&key(number)).map(|pending| pending.entry)
+    }
+
     fn take(pending: &mut Pending<()>, now: i64) -> Vec<(Key, i64)> {
         pending
             .take(Timestamp(now), usize::MAX, usize::MAX, false)
@@ -362,10 +447,10 @@ mod tests {
         assert_eq!(take(&mut pending, 0), [(key(1), 1)]);
         offer(&mut pending, 1, 2, 5);
         assert!(take(&mut pending, 9).is_empty(), "one version of a key at a time");
-        assert_eq!(pending.settle(&key(1), version(1)), None);
+        assert_eq!(pending.settle(&key(1), version(1)), Settled::Left(None));
         assert_eq!(pending.oldest(), Some(Timestamp(5)));
         assert_eq!(take(&mut pending, 9), [(key(1), 2)]);
-        assert_eq!(pending.settle(&key(1), version(2)), Some(()));
+        assert_eq!(pending.settle(&key(1), version(2)), Settled::Left(Some(())));
         assert_eq!((pending.entries(), pending.bytes(), pending.oldest()), (0, 0, None));
     }
 
@@ -405,8 +490,8 @@ mod tests {
         offer(&mut pending, 1, 6, 1);
         pending.release(&key(1), version(1));
         assert_eq!(take(&mut pending, 1), [(key(1), 6)]);
-        assert_eq!(pending.settle(&key(1), version(1)), None);
-        assert_eq!(pending.get(&key(1)).map(|entry| entry.version), Some(version(6)));
+        assert_eq!(pending.settle(&key(1), version(1)), Settled::Left(None));
+        assert_eq!(shown(&pending, 1).map(|entry| entry.version), Some(version(6)));
         assert!(take(&mut pending, 1).is_empty(), "still in flight");
     }
 
@@ -550,13 +635,13 @@ mod tests {
                 }
             }
             let highest = second.iter().copied().max().map(|number| write(1, number).entry);
-            prop_assert_eq!(pending.get(&key(1)), highest.clone());
+            prop_assert_eq!(shown(&pending, 1), highest.clone());
             prop_assert_eq!((pending.entries(), held.get()), (1, 1));
             // Each try succeeds in turn; what is newer than it goes next.
             while pending.entries() > 0 {
                 let last = tried.last().cloned();
                 if let Some(Write { key, entry }) = last {
-                    drop(pending.settle(&key, entry.version));
+                    let _ = pending.settle(&key, entry.version);
                 }
                 tried.extend(pending.take(Timestamp(0), 1, usize::MAX, false));
             }
@@ -592,7 +677,7 @@ mod tests {
                     }
                     Step::Settle(k, v) => {
                         let v = v.unwrap_or_else(|| flying(&mut model, k));
-                        drop(pending.settle(&key(k), version(v)));
+                        let _ = pending.settle(&key(k), version(v));
                         model.end(k, v, true);
                     }
                     Step::Release(k, v) => {
@@ -607,7 +692,7 @@ mod tests {
                     Step::Wait(millis) => now += millis,
                 }
                 for k in 0..6 {
-                    let shown = pending.get(&key(k));
+                    let shown = shown(&pending, k);
                     let expected = model.slot(k).map(|slot| write(k, slot.newest).entry);
                     prop_assert_eq!(shown, expected);
                 }

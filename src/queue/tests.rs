@@ -1,4 +1,7 @@
-//! The queue over the store in memory: every promise of the handle and of the drain, under scripted faults and paused time.
+//! The queue over the store in memory: every promise of the handle and of the drain, under scripted faults and paused time. What rests on
+//! the journal is in [`durable`].
+
+mod durable;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -18,6 +21,7 @@ use super::*;
 use crate::{
     error::Outcome,
     model::Entry,
+    queue::journal::sim,
     store::{
         StoreErrorKind,
         fake::{Call, FakeBackend, Fault, eventually},
@@ -36,43 +40,58 @@ const BEHIND: CommitLabels = CommitLabels {
 struct Rig {
     backend: FakeBackend,
     queue: Queue,
-    dropped: mpsc::Receiver<Dropped>,
+    notices: mpsc::Receiver<Notice>,
     metrics: (QueueMetrics, StoreMetrics),
-    _workers: Vec<JoinHandle<()>>,
+    workers: Vec<JoinHandle<()>>,
 }
 
 /// A queue with one worker over an empty store, changed as a test needs it.
 fn rig(change: impl FnOnce(&mut Config)) -> Rig {
+    rig_on(FakeBackend::new(), (sim::journal(), Vec::new()), change)
+}
+
+/// The same over what an earlier process left.
+fn rig_on(
+    backend: FakeBackend,
+    (journal, recovered): (Journal, Vec<(Write, Record)>),
+    change: impl FnOnce(&mut Config),
+) -> Rig {
     let mut config = Config {
         drain_workers: bound(1),
         ..Config::default()
     };
     change(&mut config);
     config.validate().expect("valid");
-    let backend = FakeBackend::new();
     let metrics = (
         QueueMetrics::default(),
         StoreMetrics::register(&mut Registry::default()),
     );
+    let parts = Parts {
+        store: backend.store(),
+        clock: Arc::new(Clock::new(1, None)),
+        journal,
+        recovered,
+        metrics: metrics.0.clone(),
+        store_metrics: metrics.1.clone(),
+    };
     let Started {
         queue,
-        dropped,
+        notices,
         workers,
-    } = Queue::start(
-        &config,
-        &backend.store(),
-        Arc::new(Clock::new(1, None)),
-        metrics.0.clone(),
-        &metrics.1,
-        &CancellationToken::new(),
-    );
+    } = Queue::start(&config, parts, &CancellationToken::new());
     Rig {
         backend,
         queue,
-        dropped,
+        notices,
         metrics,
-        _workers: workers,
+        workers,
     }
+}
+
+/// Asks for room for a write that is to rest on memory.
+async fn admit(queue: &Queue, write: &Write, full: QueueFull, deadline: Instant) -> Result<Admission, Error> {
+    let (key, value) = (&write.key, write.entry.value.as_ref());
+    queue.admit(key, value, BehindDurability::Memory, full, deadline).await
 }
 
 impl Rig {
@@ -83,9 +102,24 @@ impl Rig {
 
     fn put_after(&self, name: &str, version: i64, write_delay: Duration) {
         let write = write(name, version);
-        let permit = self.queue.shared.budget.try_admit(write.weight()).expect("room");
         let passage = self.queue.enter(&write.key);
-        self.queue.accept(write, permit, passage, write_delay);
+        let held = self.held(&write);
+        self.queue.accept(write, held, passage, write_delay);
+    }
+
+    /// The next write that did not make it into the store.
+    fn dropped(&mut self) -> Option<Dropped> {
+        match self.notices.try_recv() {
+            Ok(Notice::Dropped(dropped)) => Some(dropped),
+            Ok(Notice::Confirmed(write)) => panic!("nothing was recovered: {write:?}"),
+            Err(_) => None,
+        }
+    }
+
+    /// Room for a write that rests on memory.
+    fn held(&self, write: &Write) -> Held {
+        let permit = self.queue.shared.budget.try_admit(write.weight()).expect("room");
+        Held { permit, record: None }
     }
 
     fn standing(&self, name: &str) -> Option<i64> {
@@ -98,7 +132,9 @@ impl Rig {
     }
 
     fn pending(&self, name: &str) -> Option<i64> {
-        self.queue.pending(&key(name)).map(|entry| entry.version.get())
+        self.queue
+            .pending(&key(name))
+            .map(|pending| pending.entry.version.get())
     }
 
     /// The keys in the dead-letter table.
@@ -188,9 +224,9 @@ async fn a_delete_after_a_put_in_one_batch_leaves_the_delete() {
     rig.put("k", 1);
     let mut tombstone = write("k", 2);
     tombstone.entry.value = None;
-    let permit = rig.queue.shared.budget.try_admit(tombstone.weight()).expect("room");
     let passage = rig.queue.enter(&tombstone.key);
-    rig.queue.accept(tombstone.clone(), permit, passage, Duration::ZERO);
+    let held = rig.held(&tombstone);
+    rig.queue.accept(tombstone.clone(), held, passage, Duration::ZERO);
     release.notify_one();
     rig.empty().await;
     assert_eq!(rig.backend.entry(&key("k")), Some(tombstone.entry));
@@ -250,7 +286,7 @@ async fn a_commit_that_lands_late_does_not_undo_what_came_since() {
     rig.empty().await;
     rig.backend.land();
     assert_eq!(rig.history("k"), [2]);
-    assert!(rig.dropped.try_recv().is_err());
+    assert!(rig.notices.try_recv().is_err());
 }
 
 #[tokio::test(start_paused = true)]
@@ -306,7 +342,7 @@ async fn exactly_the_poison_rows_are_buried_and_the_others_committed() {
     assert_eq!(rig.backend.rows(), 1 + 1_000 - poison.len());
     assert_eq!(rig.metrics.1.dead_letters.get(), 6);
     let mut told = BTreeSet::new();
-    while let Ok(dropped) = rig.dropped.try_recv() {
+    while let Some(dropped) = rig.dropped() {
         assert_eq!((dropped.version, dropped.why), (version(1), DropReason::DeadLettered));
         told.insert(dropped.key.key().to_owned());
     }
@@ -401,18 +437,18 @@ async fn a_write_that_lost_in_the_store_is_reported_with_what_stands() {
     let mut rig = rig(|_| ());
     rig.backend.put(write("k", 9));
     rig.put("k", 5);
-    let dropped = timeout(LONG, rig.dropped.recv())
+    let dropped = timeout(LONG, rig.notices.recv())
         .await
         .expect("reported")
         .expect("open");
     let why = DropReason::Superseded { standing: version(9) };
     assert_eq!(
         dropped,
-        Dropped {
+        Notice::Dropped(Dropped {
             key: key("k"),
             version: version(5),
             why
-        }
+        })
     );
     rig.empty().await;
     assert_eq!(rig.history("k"), [9]);
@@ -439,7 +475,7 @@ async fn what_comes_too_late_is_buried_alone_and_reported() {
     let standing = ["fresh", "known", "late"].map(|name| rig.standing(name));
     assert_eq!(standing, [Some(11), Some(4), None]);
     let mut reported = BTreeMap::new();
-    while let Ok(Dropped { key, version, why }) = rig.dropped.try_recv() {
+    while let Some(Dropped { key, version, why }) = rig.dropped() {
         assert_eq!(why, DropReason::DeadLettered);
         reported.insert(key.key().to_owned(), version.get());
     }
@@ -457,21 +493,21 @@ async fn what_comes_too_late_is_buried_alone_and_reported() {
 #[tokio::test(start_paused = true)]
 async fn the_drain_waits_for_a_slow_reader_of_what_was_dropped_and_not_for_one_who_left() {
     let mut rig = rig(|_| ());
-    let many = DROPPED_MAX * 3;
+    let many = NOTICES_MAX * 3;
     for number in 0..many {
         rig.backend.put(write(&format!("k{number}"), 9));
         rig.put(&format!("k{number}"), 5);
     }
-    eventually(|| rig.dropped.len() == DROPPED_MAX).await;
+    eventually(|| rig.notices.len() == NOTICES_MAX).await;
     sleep(Duration::from_secs(60)).await;
     assert!(rig.queue.stats().entries > 0, "the drain waits for the reader");
     let mut told = HashSet::new();
-    for _ in 0..DROPPED_MAX {
-        told.insert(rig.dropped.recv().await.expect("open").key);
+    for _ in 0..NOTICES_MAX {
+        told.insert(rig.dropped().expect("there is one more").key);
     }
-    assert_eq!(told.len(), DROPPED_MAX);
-    rig.dropped.close();
-    while rig.dropped.recv().await.is_some() {}
+    assert_eq!(told.len(), NOTICES_MAX);
+    rig.notices.close();
+    while rig.notices.recv().await.is_some() {}
     rig.empty().await;
 }
 
@@ -489,7 +525,7 @@ async fn what_a_write_through_overtook_in_flight_is_gone_and_stays_gone() {
     release.notify_one();
     rig.empty().await;
     assert_eq!(rig.history("k"), [5, 8]);
-    let dropped = rig.dropped.try_recv().expect("the one in flight lost");
+    let dropped = rig.dropped().expect("the one in flight lost");
     assert_eq!(dropped.version, version(1));
 }
 
@@ -551,7 +587,7 @@ async fn whoever_waits_for_room_ends_every_delay() {
     // The worker sees it, and goes to sleep on it.
     sleep(Duration::from_secs(1)).await;
     let deadline = Instant::now() + Duration::from_secs(1);
-    let admission = rig.queue.admit(heavy.weight(), QueueFull::Wait, deadline).await;
+    let admission = admit(&rig.queue, &heavy, QueueFull::Wait, deadline).await;
     assert!(matches!(admission, Ok(Admission::Granted(_))));
     assert_eq!(rig.standing("light"), Some(1));
 }
@@ -561,7 +597,8 @@ async fn a_full_queue_does_what_the_namespace_says() {
     let rig = rig(|config| config.entries_max = bound(1));
     let release = rig.hang_commit().await;
     let deadline = Instant::now() + Duration::from_secs(1);
-    let admit = |full| rig.queue.admit(100, full, deadline);
+    let any = write("any", 1);
+    let admit = |full| admit(&rig.queue, &any, full, deadline);
 
     let started = Instant::now();
     assert!(matches!(
@@ -581,7 +618,7 @@ async fn a_full_queue_does_what_the_namespace_says() {
 
     let waiting = {
         let queue = rig.queue.clone();
-        tokio::spawn(async move { queue.admit(100, QueueFull::Wait, deadline + LONG).await })
+        tokio::spawn(async move { self::admit(&queue, &write("any", 1), QueueFull::Wait, deadline + LONG).await })
     };
     eventually(|| rig.queue.shared.budget.is_pressed()).await;
     release.notify_one();
@@ -595,9 +632,7 @@ async fn a_refusal_while_the_store_is_down_says_to_come_back_later() {
     rig.backend.down(true);
     rig.put("k", 1);
     eventually(|| rig.backend.calls(Call::Commit) > 0).await;
-    let refused = rig
-        .queue
-        .admit(100, QueueFull::Reject, Instant::now())
+    let refused = admit(&rig.queue, &write("any", 1), QueueFull::Reject, Instant::now())
         .await
         .expect_err("full");
     assert_eq!(refused.retry_delay(), Some(Config::default().retry_backoff_max));
@@ -608,19 +643,11 @@ async fn a_closed_queue_admits_nothing_takes_what_it_admitted_and_drains_without
     let rig = rig(|_| ());
     let started = Instant::now();
     rig.put_after("waits", 1, LONG);
-    let admitted = rig
-        .queue
-        .shared
-        .budget
-        .try_admit(write("admitted", 1).weight())
-        .expect("room");
+    let admitted = rig.held(&write("admitted", 1));
     rig.queue.close();
     for full in [QueueFull::Wait, QueueFull::Reject, QueueFull::WriteThrough] {
-        let refused = rig
-            .queue
-            .admit(1, full, Instant::now() + LONG)
-            .await
-            .expect_err("closed");
+        let refused = admit(&rig.queue, &write("any", 1), full, Instant::now() + LONG).await;
+        let refused = refused.expect_err("closed");
         assert_eq!(refused.kind(), ErrorKind::Unavailable);
     }
     let left = rig.queue.drained(Instant::now() + Duration::from_secs(1)).await;
@@ -628,7 +655,14 @@ async fn a_closed_queue_admits_nothing_takes_what_it_admitted_and_drains_without
     let passage = rig.queue.enter(&key("admitted"));
     rig.queue.accept(write("admitted", 1), admitted, passage, LONG);
     let left = rig.queue.drained(Instant::now() + Duration::from_secs(1)).await;
-    assert_eq!(left, Left { entries: 0, bytes: 0 });
+    assert_eq!(
+        left,
+        Left {
+            entries: 0,
+            bytes: 0,
+            lost: 0
+        }
+    );
     assert_eq!((rig.standing("waits"), rig.standing("admitted")), (Some(1), Some(1)));
     assert!(started.elapsed() < Duration::from_secs(2));
 }
@@ -639,7 +673,7 @@ async fn closing_fails_who_waits_for_room() {
     let _release = rig.hang_commit().await;
     let waiting = {
         let queue = rig.queue.clone();
-        tokio::spawn(async move { queue.admit(1, QueueFull::Wait, Instant::now() + LONG).await })
+        tokio::spawn(async move { admit(&queue, &write("any", 1), QueueFull::Wait, Instant::now() + LONG).await })
     };
     eventually(|| rig.metrics.0.full.get() == 1).await;
     rig.queue.close();
@@ -658,7 +692,17 @@ async fn what_cannot_be_drained_until_the_deadline_is_counted() {
     let deadline = Instant::now() + Duration::from_secs(5);
     let left = rig.queue.drained(deadline).await;
     let bytes = 3 * write("k0", 1).weight();
-    assert_eq!((left, Instant::now()), (Left { entries: 3, bytes }, deadline));
+    assert_eq!(
+        (left, Instant::now()),
+        (
+            Left {
+                entries: 3,
+                bytes,
+                lost: 3
+            },
+            deadline
+        )
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -686,15 +730,10 @@ async fn an_idle_queue_asks_the_store_nothing() {
 async fn a_store_with_one_writer_gets_one() {
     let backend = FakeBackend::new();
     backend.set_writers_max(1);
-    let started = Queue::start(
-        &Config::default(),
-        &backend.store(),
-        Arc::new(Clock::new(1, None)),
-        QueueMetrics::default(),
-        &StoreMetrics::register(&mut Registry::default()),
-        &CancellationToken::new(),
-    );
-    assert_eq!(started.workers.len(), 1);
+    let rig = rig_on(backend, (sim::journal(), Vec::new()), |config| {
+        config.drain_workers = bound(4)
+    });
+    assert_eq!(rig.workers.len(), 1);
 }
 
 /// Seeded: callers of every policy against small bounds and a faulty store. The bounds hold at every look, what was accepted ends
@@ -725,11 +764,11 @@ async fn bounds_hold_in_a_storm() {
                     let full = [QueueFull::Wait, QueueFull::Reject, QueueFull::WriteThrough][random.random_range(0..3)];
                     let delay = Duration::from_millis(random.random_range(0..200));
                     let deadline = Instant::now() + Duration::from_millis(random.random_range(0..2_000));
-                    if let Ok(Admission::Granted(permit)) = queue.admit(write.weight(), full, deadline).await {
+                    if let Ok(Admission::Granted(Claim { permit, .. })) = admit(&queue, &write, full, deadline).await {
                         sleep(Duration::from_millis(random.random_range(0..5))).await;
                         let (key, version) = (write.key.clone(), write.entry.version);
                         let passage = queue.enter(&write.key);
-                        queue.accept(write, permit, passage, delay);
+                        queue.accept(write, Held { permit, record: None }, passage, delay);
                         let mut accepted = accepted.lock();
                         let newest = accepted.entry(key).or_insert(version);
                         *newest = version.max(*newest);
@@ -800,10 +839,10 @@ async fn the_highest_version_stands_whatever_the_threads_do() {
                     } else {
                         let permit = queue.shared.budget.try_admit(write.weight()).expect("room");
                         let passage = queue.enter(&write.key);
-                        queue.accept(write, permit, passage, Duration::ZERO);
+                        queue.accept(write, Held { permit, record: None }, passage, Duration::ZERO);
                     }
                     // In this order: what left the table meanwhile is in the store by then.
-                    let pending = queue.pending(&key);
+                    let pending = queue.pending(&key).map(|pending| pending.entry);
                     let read = [pending, backend.entry(&key)]
                         .into_iter()
                         .flatten()
@@ -819,7 +858,7 @@ async fn the_highest_version_stands_whatever_the_threads_do() {
             })
         })
         .collect();
-    let mut dropped = rig.dropped;
+    let mut dropped = rig.notices;
     let reader = tokio::spawn(async move { while dropped.recv().await.is_some() {} });
     tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| thread.join().expect("no panic")))
         .await

@@ -87,6 +87,7 @@ pub(crate) fn get_response(found: Found) -> proto::GetResponse {
         source: source.into(),
         // A copy's age is far below the range of a proto Duration.
         age: prost_types::Duration::try_from(found.age).ok(),
+        stale: found.stale,
     }
 }
 
@@ -107,6 +108,7 @@ pub(crate) fn delete_response(written: Written) -> proto::DeleteResponse {
 fn durability(durability: Durability) -> proto::Durability {
     match durability {
         Durability::Store => proto::Durability::Store,
+        Durability::Journal => proto::Durability::Journal,
         Durability::Memory => proto::Durability::Memory,
     }
 }

@@ -26,7 +26,7 @@ use prometheus_client::{
 };
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::telemetry::calls::CallMetrics;
+use crate::telemetry::{calls::CallMetrics, journal::JournalMetrics};
 
 /// Starts logging to standard error: for people on a terminal, JSON lines otherwise.
 ///
@@ -73,6 +73,8 @@ pub struct Metrics {
     pub cache: CacheMetrics,
     /// What the queue counts.
     pub queue: QueueMetrics,
+    /// What the journal counts.
+    pub journal: JournalMetrics,
     /// What the store's users count.
     pub store: StoreMetrics,
 }
@@ -86,6 +88,7 @@ impl Default for Metrics {
             calls,
             cache: CacheMetrics::register(&mut registry),
             queue: QueueMetrics::register(&mut registry),
+            journal: JournalMetrics::register(&mut registry),
             store: StoreMetrics::register(&mut registry),
             registry,
         }

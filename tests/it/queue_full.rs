@@ -112,7 +112,7 @@ async fn a_namespace_that_waits_is_answered_when_there_is_room() {
         .expect("the put is answered")
         .unwrap()
         .unwrap();
-    assert_eq!(answer.get_ref().durability(), Durability::Memory);
+    assert_eq!(answer.get_ref().durability(), Durability::Journal);
     assert_all_stored(&gateway, &database).await;
     assert_eq!(database.value("waits", "late").await.as_deref(), Some(&b"value"[..]));
 }

@@ -84,7 +84,7 @@ async fn a_write_through_is_in_the_store_when_it_is_answered(gateway: &Gateway, 
 async fn a_write_behind_is_read_at_once_and_stored_soon(gateway: &Gateway, database: &Database) {
     let client = &gateway.client;
     let answer = client.put("key", b"value", Mode::Behind).await.unwrap();
-    assert_eq!(answer.durability(), Durability::Memory);
+    assert_eq!(answer.durability(), Durability::Journal);
     for consistency in CONSISTENCIES {
         assert_eq!(client.value("key", consistency).await.as_deref(), Some(&b"value"[..]));
     }
@@ -300,11 +300,11 @@ async fn a_namespace_chooses_its_mode(gateway: &Gateway, _: &Database) {
     let (plain, behind) = (&gateway.client, gateway.client.namespace("behind"));
     let durability = async |client: &Client, mode| client.put("key", b"v", mode).await.unwrap().durability();
     assert_eq!(durability(plain, Mode::Default).await, Durability::Store);
-    assert_eq!(durability(&behind, Mode::Default).await, Durability::Memory);
+    assert_eq!(durability(&behind, Mode::Default).await, Durability::Journal);
     assert_eq!(durability(&behind, Mode::Through).await, Durability::Store);
     assert_eq!(
         behind.delete("key", Mode::Default).await.unwrap().durability(),
-        Durability::Memory
+        Durability::Journal
     );
 }
 

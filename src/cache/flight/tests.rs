@@ -39,6 +39,7 @@ fn found(number: i64) -> LoadResult {
     Ok(Loaded {
         copy: copy(number),
         source: Source::Store,
+        stale: false,
     })
 }
 

@@ -63,7 +63,7 @@ impl Ledger {
             Ok(Written { version, durability }) => {
                 match durability {
                     Durability::Store => state.met.through += 1,
-                    Durability::Memory => state.met.behind += 1,
+                    Durability::Journal | Durability::Memory => state.met.behind += 1,
                 }
                 let highest = state.answered.entry(key.clone()).or_insert(version);
                 *highest = version.max(*highest);

@@ -18,6 +18,10 @@ const SEGMENTS_MIN: u64 = 5;
 /// The most: each is an open file.
 const SEGMENTS_MAX: u64 = 512;
 
+/// The most that a record adds to its key and value: five field numbers and four lengths and numbers, none of more than ten bytes, and
+/// its own length.
+pub(super) const RECORD_FRAME_BYTES: usize = 64;
+
 const SEGMENT_BYTES_MIN: u64 = 1 << 20;
 const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 
@@ -76,9 +80,7 @@ impl Config {
 
     /// The most bytes that a key and its value may have together for a write to fit.
     pub fn write_bytes_max(&self) -> usize {
-        // What a record adds: five field numbers and four lengths and numbers, none of more than ten bytes, and its own length.
-        const FRAME_BYTES: usize = 64;
-        self.buffer_bytes() - CHARGE_OVERHEAD_BYTES - FRAME_BYTES
+        self.buffer_bytes() - CHARGE_OVERHEAD_BYTES - RECORD_FRAME_BYTES
     }
 
     /// The same for a journal that has files of `segment_bytes`: a record may be as long as those allow.

@@ -82,6 +82,19 @@ impl fmt::Display for Inspection {
     }
 }
 
+impl fmt::Display for Repair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(refusal) = &self.refusal else {
+            return f.write_str("in order: there was nothing to do");
+        };
+        writeln!(f, "{refusal}")?;
+        for name in &self.set_aside {
+            writeln!(f, "set aside: {name}")?;
+        }
+        write!(f, "repaired: {} live writes kept", self.kept_writes)
+    }
+}
+
 impl fmt::Display for SegmentReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} bytes", self.name, self.bytes)?;

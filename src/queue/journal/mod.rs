@@ -1,14 +1,11 @@
 //! The journal: what makes a write-behind write survive this process, this machine's crash, and a loss of power.
 //!
-//! Limits first: its size, and what of it may be live ([`Config`]); appends wait for room until their deadline, and before they are
-//! anywhere. Then the way of a write: [`Journal::append`] gathers its record with all others of the moment into a group, the journal
+//! Limits first: its size, and what of it may be live ([`Config`]); a write claims [`Room`] before it is anything. Then the way of a
+//! write: [`Journal::append`] gathers its record with all others of the moment into a group, the journal
 //! thread writes and syncs that (`writer`), and wakes each serving thread once (`wake`). It answers with a [`Record`]: while that is
 //! held, a restart brings the write back. Owns the files, the format and the thread; does not own which version of a key counts
 //! nor when a write is in the store (its caller, who drops the record then). Invariants: an append that was answered is on disk;
 //! what was never appended is never recovered; what was released, and told so on disk, is not recovered either.
-//!
-//! It is not on the write path yet: its place is in the gateway's way of a write-behind write, between the stamp and the first tier that shows
-//! it.
 //!
 //! In reading order: this file, `format` (the bytes), `shared` and `live` (the state), `writer` (the algorithm), `segments` and [`fs`] (the
 //! files), `wake` and `thread`, `scan` and `recover` (the restart), [`inspect`] (for people).
@@ -41,16 +38,18 @@ mod sync {
     };
 }
 
-pub use config::Config;
+pub use self::{config::Config, shared::Room};
 
 use std::{fmt, io, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
 use self::{
+    config::RECORD_FRAME_BYTES,
+    format::CHARGE_OVERHEAD_BYTES,
     fs::JournalFs,
     scan::Found,
-    shared::{NoRoom, Phase, Room, Shared},
+    shared::{NoRoom, Phase, Shared},
     sync::Arc,
     wake::{Fate, LaneCore},
 };
@@ -113,6 +112,17 @@ pub enum JournalError {
 }
 
 impl JournalError {
+    /// Whether it is about what lies in the directory, so that trying again does not help.
+    pub fn is_of_content(&self) -> bool {
+        match self {
+            JournalError::NotASegment { .. }
+            | JournalError::Newer { .. }
+            | JournalError::Damaged { .. }
+            | JournalError::Missing { .. } => true,
+            JournalError::InUse(_) | JournalError::Unusable { .. } | JournalError::NoThread(_) => false,
+        }
+    }
+
     fn unusable(fs: &dyn JournalFs, name: Option<&str>, source: io::Error) -> JournalError {
         JournalError::Unusable {
             path: name.map_or_else(|| fs.name(), |name| scan::path(fs, name)),
@@ -141,6 +151,19 @@ pub enum Stall {
     Full,
     /// The disk is full before the journal is.
     DiskFull,
+}
+
+/// What the journal can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It takes writes.
+    Up,
+    /// It is as large as it may be, and the longest write would have to wait until the store has taken others.
+    Full,
+    /// Its disk is full: writes wait for space there.
+    DiskFull,
+    /// Writing or syncing failed: it takes no write until a restart.
+    Failed,
 }
 
 /// How full the journal is.
@@ -250,27 +273,56 @@ impl Journal {
         }
     }
 
-    /// Appends a write. OK means that it is on disk, and stays there while the record is held.
+    /// Room for a write whose key and value have `bytes` together, unless the journal or its disk is full (`None`). Waits until `deadline`
+    /// for what is being written, which takes a moment. Cancel-safe: who stops waiting has claimed nothing.
+    ///
+    /// # Errors
+    /// Not applied. [`ErrorKind::Unavailable`]: closed or poisoned; [`ErrorKind::Rejected`]: larger than
+    /// [`Config::write_bytes_max`]; [`ErrorKind::Timeout`]: the disk does not answer.
+    pub async fn room_unless_full(&self, bytes: usize, deadline: Instant) -> Result<Option<Room>, Error> {
+        let shared = &self.handle.shared;
+        let claiming = shared.room_unless_full(self.record_bytes_max(bytes)?);
+        match timeout_at(deadline, claiming).await {
+            Ok(Ok(room)) => Ok(Some(room)),
+            Ok(Err(NoRoom::Full)) => Ok(None),
+            Ok(Err(NoRoom::Ended(phase))) => Err(refused(phase)),
+            Err(_) => Err(self.no_room()),
+        }
+    }
+
+    /// The same, waited for until `deadline` also while it is full, first come first served.
+    ///
+    /// # Errors
+    /// As [`Journal::room_unless_full`], and [`ErrorKind::Timeout`]: full until the deadline.
+    pub async fn room(&self, bytes: usize, deadline: Instant) -> Result<Room, Error> {
+        let claiming = self.handle.shared.room(self.record_bytes_max(bytes)?);
+        match timeout_at(deadline, claiming).await {
+            Ok(Ok(room)) => Ok(room),
+            Ok(Err(NoRoom::Ended(phase))) => Err(refused(phase)),
+            Ok(Err(NoRoom::Full)) | Err(_) => Err(self.no_room()),
+        }
+    }
+
+    fn no_room(&self) -> Error {
+        let message = match self.handle.shared.standing().stall {
+            Some(Stall::DiskFull) => "the journal's disk stayed full until the deadline",
+            Some(Stall::Full) | None => "the journal stayed full until the deadline",
+        };
+        Error::new(ErrorKind::Timeout, message)
+    }
+
+    /// Appends a write for which `room` was claimed. OK means that it is on disk, and stays there while the record is held.
     ///
     /// Cancelling it before the record is gathered leaves nothing. Afterwards it is written all the same, and released at once, for
     /// nobody holds its record: a restart may bring it back or not. Whoever must not lose track of it runs this in a task of
     /// its own.
     ///
     /// # Errors
-    /// Not applied: [`ErrorKind::Timeout`], no room until `deadline`; [`ErrorKind::Unavailable`], closed or poisoned;
-    /// [`ErrorKind::Rejected`], larger than [`Config::write_bytes_max`]. Unknown: [`ErrorKind::Timeout`], the disk did not answer until
+    /// Not applied: [`ErrorKind::Unavailable`], closed or poisoned before. Unknown: [`ErrorKind::Timeout`], the disk did not answer until
     /// `deadline`; [`ErrorKind::Unavailable`], writing or syncing failed.
-    pub async fn append(&self, lane: &Lane, write: &Write, deadline: Instant) -> Result<Record, Error> {
+    pub async fn append(&self, lane: &Lane, room: Room, write: &Write, deadline: Instant) -> Result<Record, Error> {
         let shared = &self.handle.shared;
-        let encoded = format::encode_record(write);
-        if encoded.len() + format::CHARGE_OVERHEAD_BYTES > shared.charge_max {
-            return Err(Error::new(
-                ErrorKind::Rejected,
-                "the record is larger than the journal takes: raise the journal's segment_bytes",
-            ));
-        }
-        let room = room(shared, encoded.len(), deadline).await?;
-        let pushed = shared.push(&encoded, room, Some(&lane.core.0));
+        let pushed = shared.push(&format::encode_record(write), room, Some(&lane.core.0));
         let (sequence, number, charge) = pushed.map_err(refused)?;
         let record = Record {
             shared: Arc::clone(shared),
@@ -283,6 +335,16 @@ impl Journal {
             Ok(Fate::Unknown) => Err(Error::new(ErrorKind::Unavailable, "the journal could not be written").unknown()),
             Err(_) => Err(Error::new(ErrorKind::Timeout, "the journal was not written by the deadline").unknown()),
         }
+    }
+
+    /// The longest that the record of a write of `bytes` can be.
+    fn record_bytes_max(&self, bytes: usize) -> Result<usize, Error> {
+        let record_bytes = bytes.saturating_add(RECORD_FRAME_BYTES);
+        if record_bytes.saturating_add(CHARGE_OVERHEAD_BYTES) > self.handle.shared.charge_max {
+            let message = "the record is larger than the journal takes: raise the journal's segment_bytes";
+            return Err(Error::new(ErrorKind::Rejected, message));
+        }
+        Ok(record_bytes)
     }
 
     /// Ends appends, writes what was gathered, tells on disk what is released by now, and waits until all of that is done and the directory
@@ -300,9 +362,21 @@ impl Journal {
         }
     }
 
-    /// Whether it has failed for good: appends are refused until a restart.
-    pub fn poisoned(&self) -> bool {
-        self.handle.shared.phase() == Phase::Poisoned
+    /// What it can do now.
+    pub fn state(&self) -> State {
+        let shared = &self.handle.shared;
+        match shared.standing().stall {
+            _ if shared.phase() == Phase::Poisoned => State::Failed,
+            Some(Stall::DiskFull) => State::DiskFull,
+            Some(Stall::Full) => State::Full,
+            None if shared.is_full() => State::Full,
+            None => State::Up,
+        }
+    }
+
+    /// Whether little room is left, so that what is live should leave soon.
+    pub fn is_pressed(&self) -> bool {
+        self.handle.shared.is_pressed()
     }
 
     /// Waits until its thread has ended: closed, or poisoned. Cancel-safe.
@@ -327,22 +401,6 @@ impl Journal {
 fn lock(fs: &dyn JournalFs) -> Result<Box<dyn Send>, JournalError> {
     let locked = fs.lock().map_err(|source| JournalError::unusable(fs, None, source))?;
     locked.ok_or_else(|| JournalError::InUse(fs.name()))
-}
-
-/// Room for a record, waited for until the deadline.
-async fn room(shared: &Shared, bytes: usize, deadline: Instant) -> Result<Room<'_>, Error> {
-    let waited = match shared.try_room(bytes) {
-        Err(NoRoom::Full) => timeout_at(deadline, shared.room(bytes)).await,
-        tried => Ok(tried),
-    };
-    match waited {
-        Ok(Ok(room)) => Ok(room),
-        Ok(Err(NoRoom::Ended(phase))) => Err(refused(phase)),
-        Ok(Err(NoRoom::Full)) | Err(_) => Err(Error::new(
-            ErrorKind::Timeout,
-            "the journal stayed full until the deadline",
-        )),
-    }
 }
 
 /// The refusal of an append that was not made.

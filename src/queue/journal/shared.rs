@@ -5,10 +5,15 @@
 //! journal, then of what may be gathered. The thread grants the latter only while it has a place on disk for it, so that what was
 //! gathered can always be written, and a full journal or disk is felt as waiting, before anything is appended.
 
-use std::{mem, time::Duration};
+use std::{
+    fmt, mem,
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::{Semaphore, SemaphorePermit, TryAcquireError};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, TryAcquireError};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -31,6 +36,11 @@ pub(super) struct Shared {
     live_room: Semaphore,
     /// What may still be gathered, in bytes. What the journal thread takes away it gives back.
     buffer_room: Semaphore,
+    /// At or below this much room for what may become live there is little left.
+    live_room_little: usize,
+    /// Whether no room is granted, and where it is told that this began.
+    stalled: AtomicBool,
+    stall_began: Notify,
     /// Cancelled once the journal thread has ended.
     pub(super) ended: CancellationToken,
     pub(super) metrics: JournalMetrics,
@@ -132,11 +142,23 @@ pub(super) enum NoRoom {
     Ended(Phase),
 }
 
-/// Room for one record, given back when dropped.
-pub(super) struct Room<'a> {
-    live: SemaphorePermit<'a>,
-    buffer: SemaphorePermit<'a>,
+/// Room for one write in the journal, claimed before the write is stamped. Given back when dropped.
+pub struct Room {
+    shared: Arc<Shared>,
     charge: u32,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.shared.live_room.add_permits(self.charge as usize);
+        self.shared.buffer_room.add_permits(self.charge as usize);
+    }
+}
+
+impl fmt::Debug for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Room({})", self.charge)
+    }
 }
 
 /// Where the next group goes, and what stands.
@@ -156,6 +178,9 @@ impl Shared {
         Shared {
             progress: Arc::new(Progress::new(start.sequence - 1)),
             live_room: Semaphore::new(live_bytes_max.saturating_sub(live_bytes) as usize),
+            live_room_little: start.live_bytes_max / 2,
+            stalled: AtomicBool::new(false),
+            stall_began: Notify::new(),
             // All of it is the journal thread's to grant.
             buffer_room: Semaphore::new(0),
             ended: CancellationToken::new(),
@@ -174,29 +199,72 @@ impl Shared {
         }
     }
 
-    /// Waits for room. Cancel-safe: who stops waiting loses the place in line.
-    pub(super) async fn room(&self, record_bytes: usize) -> Result<Room<'_>, NoRoom> {
-        let charge = (record_bytes + CHARGE_OVERHEAD_BYTES) as u32;
+    /// Waits for room for a record of up to `record_bytes`. Cancel-safe: who stops waiting loses the place in line.
+    pub(super) async fn room(self: &Arc<Shared>, record_bytes: usize) -> Result<Room, NoRoom> {
+        let charge = charge(record_bytes);
         let ended = |_| NoRoom::Ended(self.phase());
-        Ok(Room {
-            live: self.live_room.acquire_many(charge).await.map_err(ended)?,
-            buffer: self.buffer_room.acquire_many(charge).await.map_err(ended)?,
-            charge,
-        })
+        let live = self.live_room.acquire_many(charge).await.map_err(ended)?;
+        self.buffer_room.acquire_many(charge).await.map_err(ended)?.forget();
+        live.forget();
+        Ok(self.claimed(charge))
+    }
+
+    /// Room, unless the journal or its disk is full. Waits for what is being written: that takes a moment. Cancel-safe.
+    pub(super) async fn room_unless_full(self: &Arc<Shared>, record_bytes: usize) -> Result<Room, NoRoom> {
+        let charge = charge(record_bytes);
+        let live = self
+            .live_room
+            .try_acquire_many(charge)
+            .map_err(|error| self.none(error))?;
+        if let Err(error) = self.buffer_room.try_acquire_many(charge).map(SemaphorePermit::forget) {
+            let mut stall_began = pin!(self.stall_began.notified());
+            stall_began.as_mut().enable();
+            if error == TryAcquireError::Closed || self.stalled.load(Ordering::Acquire) {
+                return Err(self.none(error));
+            }
+            tokio::select! {
+                acquired = self.buffer_room.acquire_many(charge) => {
+                    acquired.map_err(|_| self.none(TryAcquireError::Closed))?.forget();
+                }
+                () = stall_began => return Err(NoRoom::Full),
+            }
+        }
+        live.forget();
+        Ok(self.claimed(charge))
     }
 
     /// Room, if there is any now and nobody waits for it.
-    pub(super) fn try_room(&self, record_bytes: usize) -> Result<Room<'_>, NoRoom> {
-        let charge = (record_bytes + CHARGE_OVERHEAD_BYTES) as u32;
-        let none = |error| match error {
+    pub(super) fn try_room(self: &Arc<Shared>, record_bytes: usize) -> Result<Room, NoRoom> {
+        let charge = charge(record_bytes);
+        let none = |error| self.none(error);
+        let live = self.live_room.try_acquire_many(charge).map_err(none)?;
+        self.buffer_room.try_acquire_many(charge).map_err(none)?.forget();
+        live.forget();
+        Ok(self.claimed(charge))
+    }
+
+    fn none(&self, error: TryAcquireError) -> NoRoom {
+        match error {
             TryAcquireError::NoPermits => NoRoom::Full,
             TryAcquireError::Closed => NoRoom::Ended(self.phase()),
-        };
-        Ok(Room {
-            live: self.live_room.try_acquire_many(charge).map_err(none)?,
-            buffer: self.buffer_room.try_acquire_many(charge).map_err(none)?,
+        }
+    }
+
+    fn claimed(self: &Arc<Shared>, charge: u32) -> Room {
+        Room {
+            shared: Arc::clone(self),
             charge,
-        })
+        }
+    }
+
+    /// Whether little room is left, or none is granted: what is live should leave soon.
+    pub(super) fn is_pressed(&self) -> bool {
+        self.live_room.available_permits() <= self.live_room_little || self.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Whether the longest record would have to wait until others are released.
+    pub(super) fn is_full(&self) -> bool {
+        self.live_room.available_permits() < self.charge_max
     }
 
     /// Puts a record in the group that is being gathered: the group's sequence, the record's handle and its charge.
@@ -206,20 +274,25 @@ impl Shared {
     pub(super) fn push(
         &self,
         record: &[u8],
-        room: Room<'_>,
+        mut room: Room,
         lane: Option<&LaneCore>,
     ) -> Result<(u64, u64, u32), Phase> {
+        let charge = charge(record.len());
+        debug_assert!(
+            charge <= room.charge,
+            "room is claimed for the longest that the record can be"
+        );
         let mut state = self.state.lock();
         if state.phase != Phase::Open {
             return Err(state.phase);
         }
-        room.live.forget();
-        room.buffer.forget();
-        let number = state.live.add(room.charge);
+        // What is left of it goes back, once the lock is free.
+        room.charge = room.charge.saturating_sub(charge);
+        let number = state.live.add(charge);
         let gathered = &mut state.gathered;
         gathered.buffer.extend_from_slice(record);
         gathered.records += 1;
-        gathered.charge += room.charge as usize;
+        gathered.charge += charge as usize;
         let sequence = gathered.sequence;
         if let Some(lane) = lane {
             lane.join(sequence);
@@ -227,7 +300,8 @@ impl Shared {
         if state.asleep.take().is_some() {
             self.work.notify_one();
         }
-        Ok((sequence, number, room.charge))
+        drop(state);
+        Ok((sequence, number, charge))
     }
 
     /// Releases a record: a restart need not bring it back. Has no effect on disk until a later group tells so.
@@ -342,6 +416,10 @@ impl Shared {
 
     /// Tells how the files stand.
     pub(super) fn stands(&self, standing: Standing) {
+        let stalled = standing.stall.is_some();
+        if !self.stalled.swap(stalled, Ordering::AcqRel) && stalled {
+            self.stall_began.notify_waiters();
+        }
         self.state.lock().standing = standing;
     }
 
@@ -390,4 +468,9 @@ impl Shared {
     fn lanes(&self) -> Vec<Arc<LaneCore>> {
         self.state.lock().lanes.iter().filter_map(Weak::upgrade).collect()
     }
+}
+
+/// What a record of so many bytes is charged.
+fn charge(record_bytes: usize) -> u32 {
+    (record_bytes + CHARGE_OVERHEAD_BYTES) as u32
 }

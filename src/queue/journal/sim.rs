@@ -13,7 +13,11 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::fs::{JournalFile, JournalFs};
+use super::{
+    Config, Journal, Recovered,
+    fs::{JournalFile, JournalFs},
+};
+use crate::telemetry::journal::JournalMetrics;
 
 /// What the disk writes as a whole. Smaller than on any real disk, so that short groups are torn, too.
 const SECTOR_BYTES: usize = 64;
@@ -523,4 +527,19 @@ impl JournalFile for SimFile {
         state.apply(Op::Sync(self.file));
         Ok(())
     }
+}
+
+/// A running journal on an empty simulated disk.
+pub fn journal() -> Journal {
+    open(&SimFs::default()).0
+}
+
+/// A running journal of at most 16 segments of 64 KiB on a simulated disk, and what lay there.
+pub fn open(fs: &SimFs) -> (Journal, Recovered) {
+    let config = Config {
+        segment_bytes: 64 << 10,
+        bytes_max: 1 << 20,
+        ..Config::default()
+    };
+    Journal::open(Arc::new(fs.clone()), &config, JournalMetrics::default()).expect("in order")
 }

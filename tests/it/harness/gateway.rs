@@ -109,7 +109,11 @@ impl Setup {
     fn run(&self, directory: &Directory) -> Process {
         let path = directory.path();
         let file = path.join("tidegate.toml");
-        let text = format!("[operations]\nlisten = \"127.0.0.1:0\"\n\n{}", self.sections);
+        let mut text = format!("[operations]\nlisten = \"127.0.0.1:0\"\n\n{}", self.sections);
+        if !text.contains("[journal]") {
+            // Smaller files than the default's are made sooner, and take every value of the default's length.
+            text.push_str("\n[journal]\nsegment_bytes = 16_777_216\n");
+        }
         fs::write(&file, text).expect("the directory is ours");
         // A process appends to its log: what an earlier one said must not be taken for it.
         let _ = fs::remove_file(path.join("gateway.err"));

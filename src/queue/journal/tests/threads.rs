@@ -6,10 +6,10 @@ use tokio::{task::JoinSet, time::Instant};
 
 use super::{key, small, write};
 use crate::{
-    error::{ErrorKind, Outcome},
+    error::{Error, ErrorKind, Outcome},
     model::Write,
     queue::journal::{
-        Config, Journal, JournalError, Lane, Record, Recovered, Stall,
+        Config, Journal, JournalError, Lane, Record, Recovered, Stall, State,
         fs::{DiskFs, JournalFs},
         sim::{Disk, Faults, SimFs},
     },
@@ -21,6 +21,15 @@ const PLENTY: Duration = Duration::from_secs(20);
 
 fn soon() -> Instant {
     Instant::now() + PLENTY
+}
+
+impl Journal {
+    /// Claims room and appends.
+    async fn put(&self, lane: &Lane, write: &Write, deadline: Instant) -> Result<Record, Error> {
+        let bytes = write.key.bytes() + write.entry.value_bytes();
+        let room = self.room(bytes, deadline).await?;
+        self.append(lane, room, write, deadline).await
+    }
 }
 
 fn open_at(path: &Path, config: &Config) -> Result<(Journal, Recovered), JournalError> {
@@ -67,7 +76,7 @@ async fn many_callers_share_syncs_and_a_restart_brings_back_what_is_held() {
             for round in 1..=50 {
                 // The last one of each key is held, the others are released as a newer one is durable.
                 let record = journal
-                    .append(&lane, &write(task, round, 100), soon())
+                    .put(&lane, &write(task, round, 100), soon())
                     .await
                     .expect("room");
                 held.push(record);
@@ -84,7 +93,7 @@ async fn many_callers_share_syncs_and_a_restart_brings_back_what_is_held() {
         metrics.syncs.get()
     );
     journal.close().await.expect("not poisoned");
-    assert!(journal.append(&lane, &write(1, 60, 1), soon()).await.is_err());
+    assert!(journal.put(&lane, &write(1, 60, 1), soon()).await.is_err());
     drop(held);
 
     let (journal, recovered) = open_at(&directory.path().join("journal"), &config).expect("in order");
@@ -140,15 +149,15 @@ async fn an_append_whose_caller_is_gone_is_written_and_released() {
     let fs = SimFs::default();
     let (journal, _) = open_sim(&fs);
     let lane = journal.lane();
-    let held = journal.append(&lane, &write(1, 1, 50), soon()).await.expect("room");
+    let held = journal.put(&lane, &write(1, 1, 50), soon()).await.expect("room");
     // Polled once, so that it is gathered, and dropped.
     let gone = write(2, 2, 50);
     tokio::select! {
         biased;
-        _ = journal.append(&lane, &gone, soon()) => {}
+        _ = journal.put(&lane, &gone, soon()) => {}
         () = std::future::ready(()) => {}
     }
-    let next = journal.append(&lane, &write(3, 3, 50), soon()).await.expect("room");
+    let next = journal.put(&lane, &write(3, 3, 50), soon()).await.expect("room");
     journal.close().await.expect("not poisoned");
     let (_, recovered) = open_sim(&fs);
     assert!(recovered.high_water.is_some_and(|version| version.get() == 3));
@@ -170,10 +179,7 @@ async fn a_full_journal_makes_appends_wait_until_their_deadline_and_goes_on_when
     let refusal = loop {
         let deadline = Instant::now() + Duration::from_millis(200);
         let number = held.len() + 1;
-        match journal
-            .append(&lane, &write(number, number as i64, 300), deadline)
-            .await
-        {
+        match journal.put(&lane, &write(number, number as i64, 300), deadline).await {
             Ok(record) => held.push(record),
             Err(error) => break error,
         }
@@ -189,7 +195,7 @@ async fn a_full_journal_makes_appends_wait_until_their_deadline_and_goes_on_when
     drop(held.swap_remove(held.len() / 2));
     held.push(
         journal
-            .append(&lane, &write(5000, 5000, 300), soon())
+            .put(&lane, &write(5000, 5000, 300), soon())
             .await
             .expect("room again"),
     );
@@ -203,7 +209,7 @@ async fn a_full_disk_is_waited_for_and_is_no_failure() {
     let fs = SimFs::new(Disk::default(), Faults::default());
     let (journal, _) = open_sim(&fs);
     let lane = journal.lane();
-    let mut held = vec![journal.append(&lane, &write(1, 1, 300), soon()).await.expect("room")];
+    let mut held = vec![journal.put(&lane, &write(1, 1, 300), soon()).await.expect("room")];
     until("the next segment is prepared", || journal.handle.shared.is_asleep()).await;
     let full = Faults {
         capacity: Some(2 * 4096),
@@ -213,10 +219,7 @@ async fn a_full_disk_is_waited_for_and_is_no_failure() {
     let refusal = loop {
         let number = held.len() + 1;
         let deadline = Instant::now() + Duration::from_millis(200);
-        match journal
-            .append(&lane, &write(number, number as i64, 300), deadline)
-            .await
-        {
+        match journal.put(&lane, &write(number, number as i64, 300), deadline).await {
             Ok(record) => held.push(record),
             Err(error) => break error,
         }
@@ -225,13 +228,13 @@ async fn a_full_disk_is_waited_for_and_is_no_failure() {
         (refusal.kind(), refusal.outcome()),
         (ErrorKind::Timeout, Outcome::NotApplied)
     );
-    assert!(!journal.poisoned());
+    assert_ne!(journal.state(), State::Failed);
     assert_eq!(journal.stats().stall, Some(Stall::DiskFull));
     fs.set_faults(Faults::default());
     let number = held.len() + 1;
     held.push(
         journal
-            .append(&lane, &write(number, number as i64, 300), soon())
+            .put(&lane, &write(number, number as i64, 300), soon())
             .await
             .expect("room again"),
     );
@@ -245,7 +248,7 @@ async fn on_a_full_disk_what_is_released_makes_room_by_itself() {
     let fs = SimFs::new(Disk::default(), Faults::default());
     let (journal, _) = open_sim(&fs);
     let lane = journal.lane();
-    let first = journal.append(&lane, &write(1, 1, 300), soon()).await.expect("room");
+    let first = journal.put(&lane, &write(1, 1, 300), soon()).await.expect("room");
     until("the next segment is prepared", || journal.handle.shared.is_asleep()).await;
     fs.set_faults(Faults {
         capacity: Some(2 * 4096),
@@ -255,20 +258,17 @@ async fn on_a_full_disk_what_is_released_makes_room_by_itself() {
     while journal.stats().stall.is_none() {
         let number = held.len() + 1;
         let deadline = Instant::now() + Duration::from_millis(200);
-        if let Ok(record) = journal
-            .append(&lane, &write(number, number as i64, 300), deadline)
-            .await
-        {
+        if let Ok(record) = journal.put(&lane, &write(number, number as i64, 300), deadline).await {
             held.push(record);
         }
     }
     held.clear();
     for number in 1000..1100 {
         // The disk stays full: the freed segment is used again.
-        let appended = journal.append(&lane, &write(number, number as i64, 300), soon()).await;
+        let appended = journal.put(&lane, &write(number, number as i64, 300), soon()).await;
         drop(appended.expect("room again"));
     }
-    assert!(!journal.poisoned());
+    assert_ne!(journal.state(), State::Failed);
 }
 
 #[tokio::test]
@@ -276,14 +276,14 @@ async fn a_failing_sync_poisons_for_good_and_says_what_is_not_known() {
     let fs = SimFs::default();
     let (journal, _) = open_sim(&fs);
     let lane = journal.lane();
-    let held = journal.append(&lane, &write(1, 1, 50), soon()).await.expect("room");
+    let held = journal.put(&lane, &write(1, 1, 50), soon()).await.expect("room");
     until("the journal sleeps", || journal.handle.shared.is_asleep()).await;
     fs.set_faults(Faults {
         fail_at: Some(2),
         ..Faults::default()
     });
     let error = journal
-        .append(&lane, &write(2, 2, 50), soon())
+        .put(&lane, &write(2, 2, 50), soon())
         .await
         .expect_err("the sync fails");
     assert_eq!(
@@ -291,9 +291,9 @@ async fn a_failing_sync_poisons_for_good_and_says_what_is_not_known() {
         (ErrorKind::Unavailable, Outcome::Unknown)
     );
     journal.ended().await;
-    assert!(journal.poisoned());
+    assert_eq!(journal.state(), State::Failed);
     let error = journal
-        .append(&lane, &write(3, 3, 50), soon())
+        .put(&lane, &write(3, 3, 50), soon())
         .await
         .expect_err("poisoned");
     assert_eq!(
@@ -317,9 +317,9 @@ async fn a_record_that_is_too_long_is_refused() {
     let lane: Lane = journal.lane();
     let longest = small().write_bytes_max();
     let fits = write(1, 1, longest - write(1, 1, 0).key.bytes());
-    drop(journal.append(&lane, &fits, soon()).await.expect("the longest fits"));
+    drop(journal.put(&lane, &fits, soon()).await.expect("the longest fits"));
     let error = journal
-        .append(&lane, &write(1, 2, longest + 64), soon())
+        .put(&lane, &write(1, 2, longest + 64), soon())
         .await
         .expect_err("too long");
     assert_eq!(
@@ -338,7 +338,7 @@ async fn a_lull_tells_what_was_released() {
     let (journal, _) =
         Journal::open(Arc::new(fs.clone()), &config, JournalMetrics::default()).expect("an empty directory");
     let lane = journal.lane();
-    drop(journal.append(&lane, &write(1, 1, 50), soon()).await.expect("room"));
+    drop(journal.put(&lane, &write(1, 1, 50), soon()).await.expect("room"));
     let recovered = || {
         let crashed = SimFs::new(
             fs.disk().crashed(&crate::queue::journal::sim::Loss::All),

@@ -1,0 +1,52 @@
+//! What a write holds from its admission until it leaves the queue.
+//!
+//! Owns the two states of it, so that nothing can be accepted that is not as durable as it must be: a [`Claim`] is room, and only
+//! becomes a [`Held`] by the journal's word, or for a write that rests on memory. Does not own the room (the budget's and the
+//! journal's). Both give back what they hold when dropped.
+
+use super::{
+    budget::Permit,
+    journal::{Record, Room},
+    pending::Payload,
+};
+
+/// The answer to a write that asks for room.
+#[derive(Debug)]
+#[must_use = "a claim that is dropped gives its room back"]
+pub enum Admission {
+    /// There is room, and it is claimed.
+    Granted(Claim),
+    /// There is none, and the namespace wants the write to go through to the store.
+    WriteThrough,
+}
+
+/// Room for one write: in the queue, and in the journal if the write is to rest on that.
+#[derive(Debug)]
+pub struct Claim {
+    pub(super) permit: Permit,
+    pub(super) room: Option<Room>,
+}
+
+/// What a write that may be accepted holds: its room in the queue, and its record in the journal if it rests on that.
+#[derive(Debug)]
+pub struct Held {
+    pub(super) permit: Permit,
+    /// Of the write itself, or of an older one of its key that one rests on, which memory alone must not make vanish.
+    pub(super) record: Option<Record>,
+}
+
+impl Held {
+    /// Whether the write is in the journal.
+    pub fn is_journaled(&self) -> bool {
+        self.record.is_some()
+    }
+}
+
+impl Payload for Held {
+    /// An acknowledged write that rests on the journal comes back after a crash even where one that rests on memory had covered it.
+    fn inherit(&mut self, from: &mut Held) {
+        if self.record.is_none() {
+            self.record = from.record.take();
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! What rests on the journal: it is held until the store has it, and comes back where the process ends before. In real time, for the
+//! journal has a thread.
+
+use super::*;
+use crate::queue::journal::sim::{Faults, Loss, SimFs};
+
+/// Longer than anything takes here.
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+/// A rig over a disk, with what lies there, and a store that takes nothing until it is told to.
+fn rig_of(disk: &SimFs) -> Rig {
+    let (journal, recovered) = sim::open(disk);
+    let rig = rig_on(FakeBackend::new(), (journal, recovered.writes), |config| {
+        config.retry_backoff_max = Duration::from_millis(50);
+    });
+    rig.hold();
+    rig
+}
+
+/// The versions that a start would recover if the power failed now, by key.
+fn recovered(disk: &SimFs) -> BTreeMap<String, i64> {
+    let crashed = SimFs::new(disk.disk().crashed(&Loss::All), Faults::default());
+    let (_, recovered) = sim::open(&crashed);
+    let found = recovered.writes.iter();
+    found
+        .map(|(write, _)| (write.key.key().to_owned(), write.entry.version.get()))
+        .collect()
+}
+
+fn only(name: &str, version: i64) -> BTreeMap<String, i64> {
+    BTreeMap::from([(name.to_owned(), version)])
+}
+
+impl Rig {
+    fn hold(&self) {
+        let refuse = || Fault::fail(StoreErrorKind::Transient);
+        self.backend.script(move |call| (call == Call::Commit).then(refuse));
+    }
+
+    fn free(&self) {
+        self.backend.script(|_| None);
+    }
+
+    async fn claim(&self, name: &str, durability: BehindDurability) -> Claim {
+        let (key, value) = (key(name), write(name, 1).entry.value);
+        let admitted = self
+            .queue
+            .admit(&key, value.as_ref(), durability, QueueFull::Reject, soon());
+        match admitted.await.expect("room") {
+            Admission::Granted(claim) => claim,
+            Admission::WriteThrough => unreachable!("not asked for"),
+        }
+    }
+
+    async fn append(&self, claim: Claim, name: &str, version: i64) -> Held {
+        let (lane, write) = (self.queue.lane(), write(name, version));
+        let appended = self.queue.append(&lane, claim, &write, soon()).await;
+        appended.expect("the disk works")
+    }
+
+    fn accept(&self, held: Held, name: &str, version: i64) -> bool {
+        let write = write(name, version);
+        let passage = self.queue.enter(&write.key);
+        self.queue.accept(write, held, passage, Duration::ZERO)
+    }
+
+    /// The whole way of a write; whether it is in the journal.
+    async fn write(&self, name: &str, version: i64, durability: BehindDurability) -> bool {
+        let claim = self.claim(name, durability).await;
+        let held = self.append(claim, name, version).await;
+        let journaled = held.is_journaled();
+        assert!(self.accept(held, name, version));
+        journaled
+    }
+}
+
+#[tokio::test]
+async fn a_write_is_in_the_journal_from_before_it_shows_until_the_store_has_it() {
+    let disk = SimFs::default();
+    let rig = rig_of(&disk);
+    let claim = rig.claim("k", BehindDurability::Journal).await;
+    let held = rig.append(claim, "k", 1).await;
+    assert_eq!((recovered(&disk), rig.pending("k")), (only("k", 1), None));
+    rig.accept(held, "k", 1);
+    assert!(rig.write("k", 2, BehindDurability::Journal).await);
+    assert_eq!(recovered(&disk), only("k", 2));
+    rig.free();
+    rig.queue.close();
+    assert_eq!(rig.queue.drained(soon()).await.entries, 0);
+    rig.queue.close_journal().await.expect("the disk works");
+    assert_eq!((rig.standing("k"), recovered(&disk)), (Some(2), BTreeMap::new()));
+}
+
+#[tokio::test]
+async fn what_is_left_at_the_end_stays_in_the_journal_and_what_is_lost_is_counted() {
+    let disk = SimFs::default();
+    let rig = rig_of(&disk);
+    assert!(rig.write("j", 1, BehindDurability::Journal).await);
+    assert!(!rig.write("m", 2, BehindDurability::Memory).await);
+    rig.queue.close();
+    let left = rig.queue.drained(Instant::now()).await;
+    assert_eq!((left.entries, left.lost), (2, 1));
+    rig.queue.close_journal().await.expect("the disk works");
+    assert_eq!(recovered(&disk), only("j", 1));
+}
+
+#[tokio::test]
+async fn a_memory_write_over_a_journaled_one_is_journaled() {
+    let disk = SimFs::default();
+    let rig = rig_of(&disk);
+    assert!(!rig.write("k", 1, BehindDurability::Memory).await);
+    assert!(rig.write("k", 2, BehindDurability::Journal).await);
+    assert!(rig.write("k", 3, BehindDurability::Memory).await);
+    assert_eq!(recovered(&disk), only("k", 3));
+}
+
+#[tokio::test]
+async fn no_write_that_rests_on_memory_uncovers_one_that_does_not() {
+    // Both were admitted before either was pending; whichever comes last, and whichever is newer.
+    for (memory, journaled, memory_first) in [(2, 1, true), (2, 1, false), (1, 2, true), (1, 2, false)] {
+        let disk = SimFs::default();
+        let rig = rig_of(&disk);
+        let claims = [
+            (memory, rig.claim("k", BehindDurability::Memory).await),
+            (journaled, rig.claim("k", BehindDurability::Journal).await),
+        ];
+        let mut held = Vec::new();
+        for (version, claim) in claims {
+            held.push((version, rig.append(claim, "k", version).await));
+        }
+        if !memory_first {
+            held.reverse();
+        }
+        for (version, held) in held {
+            rig.accept(held, "k", version);
+        }
+        assert_eq!(rig.pending("k"), Some(2));
+        assert_eq!(recovered(&disk), only("k", journaled));
+        rig.free();
+        rig.empty().await;
+        rig.queue.close_journal().await.expect("the disk works");
+        assert_eq!(recovered(&disk), BTreeMap::new(), "and it leaves with the newer one");
+    }
+}
+
+#[tokio::test]
+async fn what_is_recovered_is_unconfirmed_until_the_store_has_it_and_pending_until_it_is_published() {
+    let disk = SimFs::default();
+    let first = rig_of(&disk);
+    for (name, version) in [("a", 1), ("b", 2), ("c", 3)] {
+        first.write(name, version, BehindDurability::Journal).await;
+    }
+    let crashed = SimFs::new(disk.disk().crashed(&Loss::All), Faults::default());
+    let mut rig = rig_of(&crashed);
+    let unconfirmed = |name| rig.queue.pending(&key(name)).map(|pending| pending.unconfirmed);
+    assert_eq!([unconfirmed("a"), unconfirmed("b"), unconfirmed("c")], [Some(true); 3]);
+    // One has got a newer write here, and one elsewhere.
+    rig.write("b", 5, BehindDurability::Journal).await;
+    assert_eq!(
+        rig.queue.pending(&key("b")).map(|pending| pending.unconfirmed),
+        Some(false)
+    );
+    rig.backend.put(write("c", 9));
+    rig.free();
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        told.push(timeout(LONG, rig.notices.recv()).await.expect("told").expect("open"));
+    }
+    assert!(told.contains(&Notice::Confirmed(write("a", 1))), "{told:?}");
+    assert!(
+        told.iter()
+            .any(|notice| matches!(notice, Notice::Dropped(dropped) if dropped.key == key("c"))),
+        "{told:?}"
+    );
+    assert_eq!(rig.standing("a"), Some(1));
+    assert_eq!(rig.pending("a"), Some(1), "until it is published");
+    rig.queue.published(&key("a"), version(1));
+    rig.empty().await;
+    assert_eq!(rig.standing("b"), Some(5));
+    rig.queue.close_journal().await.expect("the disk works");
+    assert_eq!(recovered(&crashed), BTreeMap::new());
+}
+
+#[tokio::test]
+async fn a_newer_write_that_comes_while_a_recovered_one_is_published_is_drained_after_it() {
+    let disk = SimFs::default();
+    rig_of(&disk).write("k", 1, BehindDurability::Journal).await;
+    let mut rig = rig_of(&SimFs::new(disk.disk().crashed(&Loss::All), Faults::default()));
+    rig.free();
+    let told = timeout(LONG, rig.notices.recv()).await.expect("told");
+    assert_eq!(told, Some(Notice::Confirmed(write("k", 1))));
+    rig.write("k", 2, BehindDurability::Journal).await;
+    rig.queue.published(&key("k"), version(1));
+    rig.empty().await;
+    assert_eq!(rig.history("k"), [1, 2]);
+}
+
+#[tokio::test]
+async fn more_may_be_recovered_than_is_admitted() {
+    let disk = SimFs::default();
+    let first = rig_of(&disk);
+    for number in 0..20 {
+        first
+            .write(&format!("k{number}"), 1 + number, BehindDurability::Journal)
+            .await;
+    }
+    let crashed = SimFs::new(disk.disk().crashed(&Loss::All), Faults::default());
+    let (journal, recovered) = sim::open(&crashed);
+    let mut rig = rig_on(FakeBackend::new(), (journal, recovered.writes), |config| {
+        config.entries_max = bound(2)
+    });
+    rig.hold();
+    assert_eq!(rig.queue.stats().entries, 20);
+    let new = key("new");
+    let refused = (rig.queue).admit(&new, None, BehindDurability::Journal, QueueFull::Reject, soon());
+    assert_eq!(
+        refused.await.expect_err("there is no room").kind(),
+        ErrorKind::Overloaded
+    );
+    rig.free();
+    for _ in 0..20 {
+        let Some(Notice::Confirmed(write)) = timeout(LONG, rig.notices.recv()).await.expect("told") else {
+            panic!("each is confirmed");
+        };
+        rig.queue.published(&write.key, write.entry.version);
+    }
+    rig.empty().await;
+    drop(rig.claim("new", BehindDurability::Journal).await);
+}
+
+#[tokio::test]
+async fn a_full_journal_is_a_full_queue() {
+    let rig = rig_of(&SimFs::default());
+    let value = Bytes::from(vec![7; 7 << 10]);
+    let lane = rig.queue.lane();
+    let mut held = Vec::new();
+    let admit = |full, wait| {
+        let (queue, key, value) = (rig.queue.clone(), key("k"), value.clone());
+        async move {
+            let deadline = Instant::now() + wait;
+            queue
+                .admit(&key, Some(&value), BehindDurability::Journal, full, deadline)
+                .await
+        }
+    };
+    let refused = loop {
+        match admit(QueueFull::Reject, Duration::from_secs(30)).await {
+            Ok(Admission::Granted(claim)) => {
+                let mut write = write(&format!("k{}", held.len()), 1);
+                write.entry.value = Some(value.clone());
+                let appended = rig.queue.append(&lane, claim, &write, soon()).await;
+                held.push(appended.expect("the disk works"));
+            }
+            Ok(Admission::WriteThrough) => unreachable!("not asked for"),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(
+        (refused.kind(), refused.outcome()),
+        (ErrorKind::Overloaded, Outcome::NotApplied)
+    );
+    assert!(refused.retry_delay().is_some());
+    assert_eq!(rig.queue.journal_state(), State::Full);
+    let through = admit(QueueFull::WriteThrough, Duration::from_secs(30)).await;
+    assert!(matches!(through, Ok(Admission::WriteThrough)));
+    let waited = admit(QueueFull::Wait, Duration::from_millis(50))
+        .await
+        .expect_err("nothing is released");
+    assert_eq!(
+        (waited.kind(), waited.outcome()),
+        (ErrorKind::Timeout, Outcome::NotApplied)
+    );
+    let waiting = tokio::spawn(admit(QueueFull::Wait, Duration::from_secs(30)));
+    held.truncate(8);
+    assert!(matches!(waiting.await.expect("no panic"), Ok(Admission::Granted(_))));
+    // What rests on memory needs none of it.
+    assert!(!rig.write("m", 1, BehindDurability::Memory).await);
+}
