@@ -1,8 +1,9 @@
 //! The algorithm over the store in memory, in paused time: which tier answers, what each outcome leaves behind, and who may come late.
 //!
 //! Owns the rig: a whole gateway without Redis over scripted faults, which other modules' tests may use. The storm, in which all of it
-//! happens at once, is [`storm`].
+//! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`].
 
+mod durable;
 mod storm;
 
 use std::num::NonZeroUsize;
@@ -19,7 +20,7 @@ use crate::{
     namespace::{BehindDurability, NamespaceSettings, QueueFull},
     queue::{
         self,
-        journal::{Journal, Record, sim},
+        journal::{self, Journal, Record, sim},
     },
     store::{
         self, Store,

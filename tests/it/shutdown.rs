@@ -80,7 +80,8 @@ async fn what_cannot_be_drained_is_told() {
         start.elapsed()
     );
     assert_eq!(exit.code, Some(75), "{}", exit.log);
-    let last = line(&exit.log, "stopped; the store did not take").unwrap_or_else(|| panic!("it says how it ended: {}", exit.log));
+    let last = line(&exit.log, "stopped; the store did not take")
+        .unwrap_or_else(|| panic!("it says how it ended: {}", exit.log));
     assert_eq!(last["entries"], BACKLOG, "how much is left: {last}");
     assert_eq!(last["calls_finished"], true, "{last}");
 }
