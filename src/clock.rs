@@ -21,6 +21,26 @@ const OBSERVE_AHEAD_MAX: Duration = Duration::from_secs(20);
 /// the wall clock has caught up.
 const STAMPS_SLACK: i64 = 1_000 << COUNTER_BITS;
 
+/// How far ahead of the wall clock a version may be and still be told from a clock that was right: more than the stamps of two gateways
+/// and their reservations ever differ by while both clocks are within ten seconds of the store's.
+const FAR_AHEAD: Duration = Duration::from_secs(60);
+
+/// Whether a version is so far ahead of `now` by the wall clock (more than a minute) that some clock must have been wrong: the one that
+/// stamped it, or the one that stamped what stood on its key before; or the wall clock has been set back since. Such a version must
+/// be passed on its own key, and should not become the floor of a whole clock.
+pub fn is_far_ahead(version: Version, now: Timestamp) -> bool {
+    version.stamped_at() > now.after(FAR_AHEAD)
+}
+
+/// The wall clock, as the system shows it now. For the start of a process; it may step, and all else goes by [`Clock::now`].
+pub fn wall_time() -> Timestamp {
+    let wall = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_millis();
+    Timestamp(i64::try_from(wall).unwrap_or(i64::MAX))
+}
+
 /// The node lease ran out: a version stamped now could collide with another gateway's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the node lease has not been renewed in time, so no version can be stamped")]
@@ -53,11 +73,7 @@ pub struct Clock {
 impl Clock {
     /// A clock of a node, above `floor`: what an earlier process of this node reserved, or stamped last.
     pub fn new(node: u16, floor: Option<Version>) -> Clock {
-        let wall = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_millis();
-        let started_at = Timestamp(i64::try_from(wall).unwrap_or(i64::MAX));
+        let started_at = wall_time();
         let reported = floor.map_or(0, |version| version.get() >> NODE_BITS);
         let floor = reported.max(logical(started_at));
         Clock {
@@ -271,6 +287,23 @@ mod tests {
         let second = clock.stamp(Some(seen)).expect("leased");
         assert!(first > seen && second > first, "two writes, two versions");
         assert!(clock.stamp(None).expect("leased") < seen);
+    }
+
+    #[test]
+    fn what_gateways_in_order_stamp_is_never_far_ahead() {
+        let clock = Clock::new(1, None);
+        assert!(
+            !is_far_ahead(clock.reservation(), clock.now()),
+            "of a clock that is right"
+        );
+        let other = clock.now().after(Duration::from_secs(10));
+        let behind = clock.now().0 - 10_000;
+        let reserved = Version::new((logical(other.after(OBSERVE_AHEAD_MAX)) + STAMPS_SLACK) << NODE_BITS);
+        assert!(
+            !is_far_ahead(reserved.expect("positive"), Timestamp(behind)),
+            "of one ahead, by one behind"
+        );
+        assert!(is_far_ahead(ahead(&clock, Duration::from_secs(3600)), clock.now()));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub(super) const SEGMENT_HEADER_BYTES: usize = 512;
 /// The length of a group's header.
 pub(super) const GROUP_HEADER_BYTES: usize = 48;
 /// What groups are aligned to.
-const ALIGNMENT: usize = 8;
+pub(super) const ALIGNMENT: usize = 8;
 /// What a record is charged beyond its own bytes: it may be alone in its group.
 pub(super) const CHARGE_OVERHEAD_BYTES: usize = GROUP_HEADER_BYTES + ALIGNMENT;
 
@@ -176,11 +176,14 @@ fn group_check(group: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&group[..4]), &group[8..])
 }
 
-/// The offset of the first whole group at or after `from` in a segment's bytes.
-pub(super) fn find_group(mark: u64, bytes: &[u8], from: usize) -> Option<usize> {
-    (from.next_multiple_of(ALIGNMENT)..bytes.len())
-        .step_by(ALIGNMENT)
-        .find(|offset| GroupHeader::verify(mark, &bytes[*offset..]).is_some())
+/// The offset of the first thing in `bytes` that looks like the header of a segment's group; not checked. `bytes` begin where a group may.
+pub(super) fn find_header(mark: u64, bytes: &[u8]) -> Option<usize> {
+    let last = bytes.len().checked_sub(GROUP_HEADER_BYTES)?;
+    let starts = bytes[..last + ALIGNMENT].chunks_exact(ALIGNMENT).enumerate();
+    starts
+        .filter(|(_, start)| start.starts_with(&GROUP_MAGIC))
+        .map(|(index, _)| index * ALIGNMENT)
+        .find(|offset| GroupHeader::peek(mark, &bytes[*offset..]).is_some())
 }
 
 /// The bytes of a group's body hold something else than its header says, although the check is right: another program wrote it.
@@ -210,6 +213,12 @@ pub(super) fn decode_record(mut record: &[u8]) -> Result<Write, Malformed> {
             expires_at: record.expire_time_millis.map(Timestamp),
         },
     })
+}
+
+/// The version of a record of which nothing else matters.
+pub(super) fn decode_version(mut record: &[u8]) -> Result<Version, Malformed> {
+    let stamp = proto::Stamp::decode_length_delimited(&mut record).map_err(|_| Malformed)?;
+    Version::new(stamp.version).ok_or(Malformed)
 }
 
 /// Where the records of a body lie within it, each with its length.
@@ -290,7 +299,12 @@ mod tests {
         let records = split_records(&header, body).expect("well formed");
         let read: Vec<Write> = records
             .into_iter()
-            .map(|record| decode_record(&body[record]).expect("well formed"))
+            .map(|record| {
+                let record = &body[record];
+                let write = decode_record(record).expect("well formed");
+                assert_eq!(decode_version(record), Ok(write.entry.version));
+                write
+            })
             .collect();
         assert_eq!(read, writes);
         assert_eq!((header.next_record(), header.group_bytes()), (44, bytes.len()));
@@ -349,9 +363,16 @@ mod tests {
         let mut bytes = vec![0xa5; 1000];
         let whole = group(&[write(None, None)], 0);
         bytes.extend(&whole);
-        assert_eq!(find_group(MARK, &bytes, 3), Some(1000));
-        assert_eq!(find_group(MARK, &bytes, 1001), None);
-        assert_eq!(find_group(MARK + 1, &bytes, 0), None);
+        for cut in [0, 8, 1000] {
+            assert_eq!(find_header(MARK, &bytes[cut..]), Some(1000 - cut));
+            assert_eq!(
+                find_header(MARK, &bytes[cut..1000 + GROUP_HEADER_BYTES]),
+                Some(1000 - cut)
+            );
+            assert_eq!(find_header(MARK, &bytes[cut..1000 + GROUP_HEADER_BYTES - 1]), None);
+        }
+        assert_eq!(find_header(MARK, &bytes[1008..]), None);
+        assert_eq!(find_header(MARK + 1, &bytes), None);
     }
 
     proptest! {
@@ -359,6 +380,8 @@ mod tests {
         #[test]
         fn arbitrary_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200), records in any::<u32>()) {
             let _ = decode_record(&bytes);
+            let _ = decode_version(&bytes);
+            let _ = find_header(u64::from(records), &bytes);
             let header = GroupHeader { sequence: 1, first_record: 1, released_below: 1, records, body_bytes: 0 };
             let _ = split_records(&header, &bytes);
             let _ = GroupHeader::verify(MARK, &bytes);

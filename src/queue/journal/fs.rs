@@ -119,14 +119,6 @@ impl dyn JournalFile {
         }
         Ok(())
     }
-
-    /// The whole file.
-    pub(super) fn read_all(&self) -> io::Result<Vec<u8>> {
-        let length = usize::try_from(self.length()?).map_err(io::Error::other)?;
-        let mut data = vec![0; length];
-        self.read_exact_at(&mut data, 0)?;
-        Ok(data)
-    }
 }
 
 /// The file that is locked while a process has the directory.
@@ -145,13 +137,18 @@ impl DiskFs {
     /// It cannot be made.
     pub fn create(path: &Path) -> io::Result<DiskFs> {
         fs::create_dir_all(path)?;
-        if let Some(parent) = path.parent() {
+        // Whoever made the directories above may not have synced them, and whatever is synced in one is lost with it.
+        for (above, parent) in path.ancestors().skip(1).enumerate() {
             let parent = if parent.as_os_str().is_empty() {
                 Path::new(".")
             } else {
                 parent
             };
-            File::open(parent)?.sync_all()?;
+            let synced = File::open(parent).and_then(|parent| parent.sync_all());
+            // Of those further up some may not be ours to read, and were there before.
+            if above == 0 {
+                synced?;
+            }
         }
         DiskFs::existing(path)
     }

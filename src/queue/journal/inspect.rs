@@ -18,7 +18,10 @@ use super::{
     sync::Arc,
     writer::{Turn, Writer},
 };
-use crate::{model::Version, telemetry::journal::JournalMetrics};
+use crate::{clock, model::Version, telemetry::journal::JournalMetrics};
+
+/// How often a journal is looked at again that seems to change.
+const LOOKS_MAX: usize = 10;
 
 /// What files that were set aside begin with.
 const ASIDE_PREFIX: &str = "damaged-";
@@ -118,7 +121,8 @@ impl fmt::Display for SegmentReport {
     }
 }
 
-/// Reads a journal and changes nothing. Takes no lock: of a running gateway's journal it sees a moment, whose last group may look torn.
+/// Reads a journal and changes nothing. Takes no lock: what a running gateway writes and frees meanwhile may be missing from the segments,
+/// or look torn.
 ///
 /// # Errors
 /// The directory cannot be read.
@@ -126,10 +130,24 @@ pub fn inspect(fs: &dyn JournalFs) -> Result<Inspection, JournalError> {
     let salvage = Salvage::read(fs)?;
     Ok(Inspection {
         live_writes: salvage.harvest.newest.len(),
-        high_water: salvage.harvest.high_water,
+        high_water: salvage.harvest.highest,
         segments: salvage.segments,
-        refusal: check(fs).err(),
+        refusal: refusal(fs),
     })
+}
+
+/// Why a start would refuse a journal, also while it is written: damage stays where it is, and what a running gateway was just writing or
+/// freeing is elsewhere at the next look.
+fn refusal(fs: &dyn JournalFs) -> Option<JournalError> {
+    let mut refusal = check(fs).err()?;
+    for _ in 0..LOOKS_MAX {
+        let again = check(fs).err()?;
+        if again.to_string() == refusal.to_string() {
+            return Some(again);
+        }
+        refusal = again;
+    }
+    Some(refusal)
 }
 
 /// Makes a journal that a start refuses one that it takes: everything in it that can be read and is not released is written to new
@@ -159,7 +177,7 @@ pub fn repair(fs: Arc<dyn JournalFs>, config: &Config) -> Result<Repair, Journal
     let unusable = |source| JournalError::unusable(&*fs, None, source);
     // One that an interrupted repair left stands in the way.
     recover::remove_spares(&*fs, &salvage.spares).map_err(unusable)?;
-    let kept: Vec<Found> = salvage.harvest.newest.into_values().collect();
+    let kept: Vec<Found> = salvage.harvest.newest;
     let config = config.not_below(salvage.bytes_max);
     let segments = Segments::first(
         Arc::clone(&fs),
@@ -200,7 +218,7 @@ pub fn repair(fs: Arc<dyn JournalFs>, config: &Config) -> Result<Repair, Journal
 /// Whether a start would take the journal.
 fn check(fs: &dyn JournalFs) -> Result<(), JournalError> {
     let survey = Survey::read(fs)?;
-    Harvest::read(fs, &survey).map(|_| ())
+    Harvest::read(fs, &survey, clock::wall_time()).map(|_| ())
 }
 
 /// Writes and syncs records behind everything that was there, and then, once they are on disk, that the records `before` are released:
@@ -273,7 +291,7 @@ impl Salvage {
         let mut salvage = Salvage {
             segments: Vec::new(),
             spares: listing.spares,
-            harvest: Harvest::default(),
+            harvest: Harvest::new(clock::wall_time()),
             obstacle: None,
             next_id: listing.segments.last().map_or(1, |last| last + 1),
             next_sequence: 1,
@@ -283,9 +301,10 @@ impl Salvage {
         };
         // Twice: which records are released is known at the end.
         for id in &listing.segments {
-            if let Ok(segment) = SegmentFile::read(fs, *id) {
+            if let Ok(mut segment) = SegmentFile::open(fs, *id) {
                 salvage.bytes_max = salvage.bytes_max.max(segment.header.bytes);
-                for_each_group(&segment, |_, group, _| {
+                // What cannot be read is reported below.
+                let _unreadable = for_each_group(&mut segment, |_, group, _| {
                     salvage.released_below = salvage.released_below.max(group.released_below);
                     salvage.next_sequence = salvage.next_sequence.max(group.sequence + 1);
                     salvage.next_record = salvage.next_record.max(group.next_record());
@@ -293,37 +312,34 @@ impl Salvage {
             }
         }
         for id in listing.segments {
-            let report = salvage.report(fs, id);
+            let mut report = SegmentReport {
+                name: segment_name(id),
+                ..SegmentReport::default()
+            };
+            if let Err(error) = salvage.read_segment(fs, id, &mut report) {
+                report.unreadable = Some(error.to_string());
+                if !matches!(error, JournalError::NotASegment { .. }) {
+                    salvage.obstacle = Some(error);
+                }
+            }
             salvage.segments.push(report);
         }
         Ok(salvage)
     }
 
-    fn report(&mut self, fs: &dyn JournalFs, id: u64) -> SegmentReport {
+    /// Reads a segment, and reports it.
+    fn read_segment(&mut self, fs: &dyn JournalFs, id: u64, report: &mut SegmentReport) -> Result<(), JournalError> {
         let released_below = self.released_below;
-        let mut report = SegmentReport {
-            name: segment_name(id),
-            ..SegmentReport::default()
-        };
-        let segment = match SegmentFile::read(fs, id) {
-            Ok(segment) => segment,
-            Err(error) => {
-                report.unreadable = Some(error.to_string());
-                if !matches!(error, JournalError::NotASegment { .. }) {
-                    self.obstacle = Some(error);
-                }
-                return report;
-            }
-        };
+        let mut segment = SegmentFile::open(fs, id)?;
         report.bytes = segment.header.bytes;
-        let mut end = SEGMENT_HEADER_BYTES;
-        for_each_group(&segment, |offset, group, body| {
+        let mut end = SEGMENT_HEADER_BYTES as u64;
+        for_each_group(&mut segment, |offset, group, body| {
             if offset != end {
-                report.damaged_at.push(end as u64);
+                report.damaged_at.push(end);
             }
-            end = offset + group.group_bytes();
+            end = offset + group.group_bytes() as u64;
             if self.harvest.add(group, body, released_below).is_err() {
-                report.damaged_at.push(offset as u64);
+                report.damaged_at.push(offset);
             }
             report.groups += 1;
             report.records += u64::from(group.records);
@@ -332,22 +348,24 @@ impl Salvage {
                 .saturating_sub(group.first_record.max(released_below));
             let first = report.sequences.map_or(group.sequence, |(first, _)| first);
             report.sequences = Some((first, group.sequence));
-        });
-        report
+        })
     }
 }
 
 /// Calls `visit` with the offset of each whole group of a segment, its header and its body, whatever lies between them.
-fn for_each_group(segment: &SegmentFile, mut visit: impl FnMut(usize, &GroupHeader, &[u8])) {
-    let mut offset = SEGMENT_HEADER_BYTES;
+fn for_each_group(
+    segment: &mut SegmentFile,
+    mut visit: impl FnMut(u64, &GroupHeader, &[u8]),
+) -> Result<(), JournalError> {
+    let mut offset = SEGMENT_HEADER_BYTES as u64;
     loop {
-        if let Some((group, body)) = segment.group_at(offset) {
+        if let Some((group, body)) = segment.group_at(offset)? {
             visit(offset, &group, body);
-            offset += group.group_bytes();
-        } else if let Some(next) = segment.find_from(offset) {
+            offset += group.group_bytes() as u64;
+        } else if let Some(next) = segment.find_from(offset)? {
             offset = next;
         } else {
-            return;
+            return Ok(());
         }
     }
 }

@@ -136,7 +136,13 @@ impl JournalError {
 pub struct Recovered {
     /// The newest write of each key that was not released, with its record. Whether the store has it by now is not known.
     pub writes: Vec<(Write, Record)>,
-    /// The highest version of all that was read, released or not: the clock must start above it.
+    /// The highest version of all that was read, released or not, but for those far ahead of the wall clock
+    /// ([`is_far_ahead`](crate::clock::is_far_ahead)): the clock must start above it. Those, as from a machine whose clock was wrong, would
+    /// carry every later stamp along; each is among `writes` until the store has it, so a new write of its key is stamped above it.
+    ///
+    /// Where the wall clock was set back by more than a minute since the earlier process, this misses versions that were in order then. The
+    /// store's reservation covers those up to its last renewal. Those stamped after it, in an outage, are covered key by key: the store
+    /// has not taken them, so the newest of each key is among `writes`. What rested on memory alone is not covered.
     pub high_water: Option<Version>,
     /// How long reading took.
     pub took: Duration,

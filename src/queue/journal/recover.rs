@@ -11,25 +11,28 @@ use tokio::time::Instant;
 
 use super::{
     Config, JournalError,
-    format::SEGMENT_HEADER_BYTES,
+    format::{GroupHeader, SEGMENT_HEADER_BYTES},
     fs::JournalFs,
     live::Live,
-    scan::{Found, Harvest, Survey, Surveyed},
+    scan::{Found, Harvest, Survey, Surveyed, changed},
     segments::{Segment, Segments, segment_name},
     shared::{Shared, Start},
     sync::Arc,
     writer::Writer,
 };
-use crate::{model::Version, telemetry::journal::JournalMetrics};
+use crate::{clock, model::Version, telemetry::journal::JournalMetrics};
 
-/// How much of a tail is looked at and zeroed at a time.
-const CUT_BYTES: u64 = 1 << 20;
+/// How much of a torn group is cut off, from its beginning. Without its header it is never again a group, whatever is written over the
+/// rest of it; what an earlier life of the file left there is as harmless. To cut more of it would mean to rewrite half of every recycled
+/// file at every start.
+const CUT_BYTES: u64 = 4096;
 
 /// A journal that was recovered, not yet run.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) writer: Writer,
     pub(super) found: Vec<Found>,
+    /// See [`Harvest::high_water`].
     pub(super) high_water: Option<Version>,
     pub(super) took: Duration,
     pub(super) bytes: u64,
@@ -42,7 +45,7 @@ pub(super) fn open(fs: Arc<dyn JournalFs>, config: &Config, metrics: JournalMetr
     fs.sync_dir()
         .map_err(|source| JournalError::unusable(&*fs, None, source))?;
     let survey = Survey::read(&*fs)?;
-    let harvest = Harvest::read(&*fs, &survey)?;
+    let harvest = Harvest::read(&*fs, &survey, clock::wall_time())?;
 
     remove_spares(&*fs, &survey.spares).map_err(|source| JournalError::unusable(&*fs, None, source))?;
     let Survey {
@@ -65,7 +68,7 @@ pub(super) fn open(fs: Arc<dyn JournalFs>, config: &Config, metrics: JournalMetr
     let segments = arrange(&fs, config, segments, active, next_record)
         .map_err(|source| JournalError::unusable(&*fs, None, source))?;
 
-    let found: Vec<Found> = harvest.newest.into_values().collect();
+    let found = harvest.newest;
     let live = found.iter().map(|found| (found.number, found.charge));
     let start = Start {
         sequence: next_sequence,
@@ -93,11 +96,12 @@ pub(super) fn remove_spares(fs: &dyn JournalFs, spares: &[String]) -> io::Result
     if spares.is_empty() { Ok(()) } else { fs.sync_dir() }
 }
 
-/// Makes the end of a segment fit for appending: nothing of a torn group behind it, and everything before it on disk.
+/// Makes the end of a segment fit for appending: no torn group there, and everything before it on disk.
 fn settle(segment: &mut Surveyed, is_active: bool) -> io::Result<()> {
     #[cfg(feature = "planted-faults")]
     if crate::planted::is(crate::planted::Fault::TailNotCut) {
-        let data = segment.file.read_all()?;
+        let mut data = vec![0; segment.header.bytes as usize];
+        segment.file.read_exact_at(&mut data, 0)?;
         let used = data
             .iter()
             .rposition(|byte| *byte != 0)
@@ -105,29 +109,22 @@ fn settle(segment: &mut Surveyed, is_active: bool) -> io::Result<()> {
         segment.end = segment.end.max(used.next_multiple_of(8)).min(segment.header.bytes);
         return Ok(());
     }
-    // A group is shorter than half of its segment; what lies further on is of an earlier life of the file.
-    let until = (segment.end + segment.header.bytes / 2).min(segment.header.bytes);
-    let mut changed = false;
-    let mut offset = segment.end;
-    while offset < until {
-        let mut chunk = vec![0; CUT_BYTES.min(until - offset) as usize];
-        segment.file.read_exact_at(&mut chunk, offset)?;
-        if chunk.iter().any(|byte| *byte != 0) {
-            chunk.fill(0);
-            segment.file.write_all_at(&chunk, offset)?;
-            changed = true;
-        }
-        offset += chunk.len() as u64;
+    let mut tail = vec![0; CUT_BYTES.min(segment.header.bytes.saturating_sub(segment.end)) as usize];
+    segment.file.read_exact_at(&mut tail, segment.end)?;
+    let torn = tail.iter().any(|byte| *byte != 0);
+    if torn {
+        tail.fill(0);
+        segment.file.write_all_at(&tail, segment.end)?;
     }
     if let Some(at) = segment.last_group {
         // The last group may never have been synced, or its sync may have failed: then the system counts its pages as written, and
         // a sync alone would do nothing.
         let mut group = vec![0; (segment.end - at) as usize];
         segment.file.read_exact_at(&mut group, at)?;
+        GroupHeader::verify(segment.header.mark, &group).ok_or_else(changed)?;
         segment.file.write_all_at(&group, at)?;
-        changed = true;
     }
-    if changed || is_active {
+    if torn || is_active {
         segment.file.sync()?;
     }
     Ok(())

@@ -4,70 +4,145 @@
 //! before it is synced, so a crash can hurt none but the last. Damage with no whole group behind it, in this segment or a later one,
 //! is therefore a torn tail: it was never acknowledged. Damage with one behind it is a fault of the disk, or somebody's doing.
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    io,
+};
 
 use foldhash::fast::RandomState;
 
 use super::{
     JournalError,
     format::{
-        self, CHARGE_OVERHEAD_BYTES, GROUP_HEADER_BYTES, GroupHeader, HeaderFault, SEGMENT_HEADER_BYTES, SegmentHeader,
+        self, ALIGNMENT, CHARGE_OVERHEAD_BYTES, GROUP_HEADER_BYTES, GroupHeader, HeaderFault, SEGMENT_HEADER_BYTES,
+        SegmentHeader,
     },
     fs::{JournalFile, JournalFs},
     segments::{is_spare, segment_id, segment_name},
 };
-use crate::model::{Key, Version, Write};
+use crate::{
+    clock,
+    model::{Key, Timestamp, Version, Write},
+};
 
-/// A file that is a segment.
+/// How much of a segment is read at a time; more where a group is longer. Little in tests, so that their groups cross it.
+const WINDOW_BYTES: usize = if cfg!(test) { 256 } else { 1 << 20 };
+
+/// A file that is a segment, read through a window: a journal may be larger than memory.
 #[derive(Debug)]
 pub(super) struct SegmentFile {
     pub(super) header: SegmentHeader,
     pub(super) file: Box<dyn JournalFile>,
-    /// All of its bytes.
-    pub(super) data: Vec<u8>,
+    /// The path, for people.
+    path: String,
+    /// Bytes of the file, from `window_at` on.
+    window: Vec<u8>,
+    window_at: u64,
 }
 
 impl SegmentFile {
-    /// Opens and reads a segment.
-    pub(super) fn read(fs: &dyn JournalFs, id: u64) -> Result<SegmentFile, JournalError> {
+    /// Opens a segment.
+    pub(super) fn open(fs: &dyn JournalFs, id: u64) -> Result<SegmentFile, JournalError> {
         let name = segment_name(id);
-        let opened = fs.open(&name).and_then(|file| Ok((file.read_all()?, file)));
-        let (data, file) = opened.map_err(|source| JournalError::unusable(fs, Some(&name), source))?;
+        let path = path(fs, &name);
+        let unusable = |source| JournalError::unusable(fs, Some(&name), source);
+        let file = fs.open(&name).map_err(unusable)?;
+        let length = file.length().map_err(unusable)?;
+        let mut begin = vec![0; length.min(SEGMENT_HEADER_BYTES as u64) as usize];
+        file.read_exact_at(&mut begin, 0).map_err(unusable)?;
         let foreign = |why| JournalError::NotASegment {
-            file: path(fs, &name),
+            file: path.clone(),
             why,
         };
-        let header = SegmentHeader::decode(&data).map_err(|fault| match fault {
-            HeaderFault::Short if data.is_empty() => foreign("it is empty"),
+        let header = SegmentHeader::decode(&begin).map_err(|fault| match fault {
+            HeaderFault::Short if length == 0 => foreign("it is empty"),
             HeaderFault::Short => foreign("it is too short"),
             HeaderFault::Foreign => foreign("it does not begin like one"),
             HeaderFault::Damaged => foreign("its header is damaged"),
             HeaderFault::Newer(format) => JournalError::Newer {
-                file: path(fs, &name),
+                file: path.clone(),
                 format,
             },
         })?;
         if header.id != id {
             return Err(foreign("it was another one when it was written"));
         }
-        if header.bytes != data.len() as u64 {
+        if header.bytes != length {
             return Err(foreign("it is not as long as when it was made"));
         }
-        Ok(SegmentFile { header, file, data })
+        Ok(SegmentFile {
+            header,
+            file,
+            path,
+            window: Vec::new(),
+            window_at: 0,
+        })
     }
 
     /// The whole group at `offset`, with its body.
-    pub(super) fn group_at(&self, offset: usize) -> Option<(GroupHeader, &[u8])> {
-        let bytes = self.data.get(offset..)?;
-        let group = GroupHeader::verify(self.header.mark, bytes)?;
-        let body = bytes.get(GROUP_HEADER_BYTES..)?.get(..group.body_bytes as usize)?;
-        Some((group, body))
+    pub(super) fn group_at(&mut self, offset: u64) -> Result<Option<(GroupHeader, &[u8])>, JournalError> {
+        let mark = self.header.mark;
+        let Some(group) = GroupHeader::peek(mark, self.bytes_from(offset, GROUP_HEADER_BYTES)?) else {
+            return Ok(None);
+        };
+        let length = GROUP_HEADER_BYTES + group.body_bytes as usize;
+        // What a damaged header promises beyond the file is not read.
+        if self.header.bytes - offset < length as u64 {
+            return Ok(None);
+        }
+        let bytes = &self.bytes_from(offset, length)?[..length];
+        let whole = GroupHeader::verify(mark, bytes);
+        Ok(whole.map(|group| (group, &bytes[GROUP_HEADER_BYTES..])))
     }
 
     /// The offset of the first whole group from `offset` on.
-    pub(super) fn find_from(&self, offset: usize) -> Option<usize> {
-        format::find_group(self.header.mark, &self.data, offset)
+    pub(super) fn find_from(&mut self, offset: u64) -> Result<Option<u64>, JournalError> {
+        let mark = self.header.mark;
+        let mut from = offset.next_multiple_of(ALIGNMENT as u64);
+        loop {
+            let bytes = self.bytes_from(from, GROUP_HEADER_BYTES)?;
+            if bytes.len() < GROUP_HEADER_BYTES {
+                return Ok(None);
+            }
+            let Some(skipped) = format::find_header(mark, bytes) else {
+                from += (bytes.len() - GROUP_HEADER_BYTES + 1).next_multiple_of(ALIGNMENT) as u64;
+                continue;
+            };
+            from += skipped as u64;
+            if self.group_at(from)?.is_some() {
+                return Ok(Some(from));
+            }
+            from += ALIGNMENT as u64;
+        }
     }
+
+    /// Bytes from `offset` on: at least `length`, unless the file ends before.
+    fn bytes_from(&mut self, offset: u64, length: usize) -> Result<&[u8], JournalError> {
+        let rest = self.header.bytes.saturating_sub(offset);
+        let length = rest.min(length as u64);
+        let held_to = self.window_at + self.window.len() as u64;
+        if offset < self.window_at || offset + length > held_to {
+            self.window.clear();
+            self.window
+                .resize(rest.min(length.max(WINDOW_BYTES as u64)) as usize, 0);
+            self.window_at = offset;
+            let read = self.file.read_exact_at(&mut self.window, offset);
+            read.map_err(|source| JournalError::Unusable {
+                path: self.path.clone(),
+                source,
+            })?;
+        }
+        Ok(self
+            .window
+            .get((offset - self.window_at) as usize..)
+            .unwrap_or_default())
+    }
+}
+
+/// A group is not whole that was whole a moment ago. The system shows what it failed to write for as long as it has it in memory, and
+/// then what is on disk.
+pub(super) fn changed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "it changed while it was read: start again")
 }
 
 /// The path of a file, for people.
@@ -142,7 +217,7 @@ impl Survey {
                     file: path(fs, &segment_name(before.header.id + 1)),
                 });
             }
-            let segment = survey.survey(fs, SegmentFile::read(fs, id)?, lowest.is_none())?;
+            let segment = survey.survey(fs, SegmentFile::open(fs, id)?, lowest.is_none())?;
             lowest = lowest.or(segment.first_record);
             survey.segments.push(segment);
         }
@@ -157,42 +232,47 @@ impl Survey {
     }
 
     /// Reads one segment, behind those that were. `is_first` says that none of them had a group.
-    fn survey(&mut self, fs: &dyn JournalFs, segment: SegmentFile, is_first: bool) -> Result<Surveyed, JournalError> {
+    fn survey(
+        &mut self,
+        fs: &dyn JournalFs,
+        mut segment: SegmentFile,
+        is_first: bool,
+    ) -> Result<Surveyed, JournalError> {
         let name = segment_name(segment.header.id);
         let damaged = |name: &str, offset| JournalError::Damaged {
             file: path(fs, name),
             offset,
         };
-        let mut offset = SEGMENT_HEADER_BYTES;
+        let mut offset = SEGMENT_HEADER_BYTES as u64;
         let mut first_record = None;
         let mut last_group = None;
-        while let Some((group, _)) = segment.group_at(offset) {
+        while let Some((group, _)) = segment.group_at(offset)? {
             let follows = (group.sequence, group.first_record) == (self.next_sequence, self.next_record);
             if !(follows || (is_first && first_record.is_none())) {
                 // Where the missing groups should have been: mostly at the end of the segment before.
                 let (name, offset) = match self.segments.last() {
                     Some(before) if first_record.is_none() => (segment_name(before.header.id), before.end),
-                    _ => (name, offset as u64),
+                    _ => (name, offset),
                 };
                 return Err(damaged(&name, offset));
             }
             if group.released_below > group.next_record() || group.released_below < self.released_below {
-                return Err(damaged(&name, offset as u64));
+                return Err(damaged(&name, offset));
             }
             first_record = first_record.or(Some(group.first_record));
-            last_group = Some(offset as u64);
+            last_group = Some(offset);
             self.next_sequence = group.sequence + 1;
             self.next_record = group.next_record();
             self.released_below = group.released_below;
-            offset += group.group_bytes();
+            offset += group.group_bytes() as u64;
         }
-        if segment.find_from(offset).is_some() {
-            return Err(damaged(&name, offset as u64));
+        if segment.find_from(offset)?.is_some() {
+            return Err(damaged(&name, offset));
         }
         Ok(Surveyed {
             header: segment.header,
             file: segment.file,
-            end: offset as u64,
+            end: offset,
             first_record,
             last_group,
         })
@@ -208,15 +288,32 @@ pub(super) struct Found {
 }
 
 /// What the records of a journal come to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Harvest {
+    /// The wall clock.
+    now: Timestamp,
     /// Of the records that are not released, the one with the highest version of each key.
-    pub(super) newest: HashMap<Key, Found, RandomState>,
+    pub(super) newest: Vec<Found>,
+    /// Where each key is among them.
+    places: HashMap<Key, usize, RandomState>,
     /// The highest version of all records, released ones too.
+    pub(super) highest: Option<Version>,
+    /// The same without those that are far ahead of the wall clock: what the next process must stamp above.
     pub(super) high_water: Option<Version>,
 }
 
 impl Harvest {
+    /// No records.
+    pub(super) fn new(now: Timestamp) -> Harvest {
+        Harvest {
+            now,
+            newest: Vec::new(),
+            places: HashMap::default(),
+            highest: None,
+            high_water: None,
+        }
+    }
+
     /// Takes in the records of a group. `Err` if another program wrote them.
     pub(super) fn add(
         &mut self,
@@ -226,47 +323,63 @@ impl Harvest {
     ) -> Result<(), format::Malformed> {
         let records = format::split_records(group, body)?;
         for (number, place) in (group.first_record..).zip(records) {
-            let charge = (place.len() + CHARGE_OVERHEAD_BYTES) as u32;
-            let write = format::decode_record(&body[place])?;
-            self.high_water = self.high_water.max(Some(write.entry.version));
+            let record = &body[place];
             if number < released_below {
+                self.note(format::decode_version(record)?);
                 continue;
             }
+            let charge = (record.len() + CHARGE_OVERHEAD_BYTES) as u32;
+            let write = format::decode_record(record)?;
+            self.note(write.entry.version);
             let found = Found { number, charge, write };
-            match self.newest.entry(found.write.key.clone()) {
+            match self.places.entry(found.write.key.clone()) {
                 Entry::Vacant(place) => {
-                    place.insert(found);
+                    place.insert(self.newest.len());
+                    self.newest.push(found);
                 }
-                // Of a record and its copy the copy stands, which lies in the younger segment.
-                Entry::Occupied(mut place) if place.get().write.entry.version <= found.write.entry.version => {
-                    place.insert(found);
+                Entry::Occupied(place) => {
+                    let standing = &mut self.newest[*place.get()];
+                    // Of a record and its copy the copy stands, which lies in the younger segment.
+                    if standing.write.entry.version <= found.write.entry.version {
+                        *standing = found;
+                    }
                 }
-                Entry::Occupied(_) => {}
             }
         }
         Ok(())
     }
 
+    fn note(&mut self, version: Version) {
+        self.highest = self.highest.max(Some(version));
+        if !clock::is_far_ahead(version, self.now) {
+            self.high_water = self.high_water.max(Some(version));
+        }
+    }
+
     /// Reads the records of every segment of a journal that is in order.
-    pub(super) fn read(fs: &dyn JournalFs, survey: &Survey) -> Result<Harvest, JournalError> {
-        let mut harvest = Harvest::default();
+    pub(super) fn read(fs: &dyn JournalFs, survey: &Survey, now: Timestamp) -> Result<Harvest, JournalError> {
+        let mut harvest = Harvest::new(now);
         for surveyed in &survey.segments {
             if surveyed.last_group.is_none() {
                 continue;
             }
-            // Read once more rather than held: a journal may be larger than memory.
-            let segment = SegmentFile::read(fs, surveyed.header.id)?;
-            let mut offset = SEGMENT_HEADER_BYTES;
-            while (offset as u64) < surveyed.end {
+            // Read once more rather than held: which records are released is known only now.
+            let mut segment = SegmentFile::open(fs, surveyed.header.id)?;
+            let mut offset = SEGMENT_HEADER_BYTES as u64;
+            while offset < surveyed.end {
                 let damaged = || JournalError::Damaged {
                     file: path(fs, &segment_name(surveyed.header.id)),
-                    offset: offset as u64,
+                    offset,
                 };
-                let (group, body) = segment.group_at(offset).ok_or_else(damaged)?;
+                let unusable = || JournalError::Unusable {
+                    path: path(fs, &segment_name(surveyed.header.id)),
+                    source: changed(),
+                };
+                let (group, body) = segment.group_at(offset)?.ok_or_else(unusable)?;
                 harvest
                     .add(&group, body, survey.released_below)
                     .map_err(|_| damaged())?;
-                offset += group.group_bytes();
+                offset += group.group_bytes() as u64;
             }
         }
         Ok(harvest)

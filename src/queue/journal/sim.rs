@@ -91,6 +91,8 @@ pub struct Faults {
     pub short_writes: bool,
     /// How many bytes all files may have together.
     pub capacity: Option<usize>,
+    /// From which call on the system has let go of what a failed sync left in its memory: then the disk itself is read.
+    pub forgets_at: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -341,6 +343,11 @@ impl SimFs {
         self.state.lock().log.clone()
     }
 
+    /// How many calls there were since the faults were set.
+    pub fn calls(&self) -> u64 {
+        self.state.lock().calls
+    }
+
     /// How many calls failed as they were told to.
     pub fn failed(&self) -> u64 {
         self.state.lock().failed
@@ -349,6 +356,28 @@ impl SimFs {
     /// How many syncs there were of a file whose last sync failed, without a write in between. One is too many.
     pub fn syncs_after_failure(&self) -> u64 {
         self.state.lock().syncs_after_failure
+    }
+
+    /// Whether it reads back what a failed sync may have left in memory alone.
+    pub fn is_suspect(&self) -> bool {
+        !self.state.lock().suspect.is_empty()
+    }
+
+    /// What another process finds on the same machine, on a disk with other faults: its memory of what was not synced is left.
+    pub fn restarted(&self, faults: Faults) -> SimFs {
+        let state = self.state.lock();
+        let again = SimFs::new(state.disk.clone(), faults);
+        again.state.lock().suspect = state.suspect.clone();
+        again
+    }
+
+    /// Changes a byte of a file, as a disk does that rots.
+    pub fn rot(&self, name: &str, offset: usize) {
+        let mut state = self.state.lock();
+        let file = state.disk.names[name];
+        let content = &mut state.disk.files[file];
+        content.current[offset] ^= 1;
+        content.durable[offset] ^= 1;
     }
 
     /// Has somebody look before each operation from now on.
@@ -484,7 +513,13 @@ impl JournalFile for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut state = self.fs.state.lock();
         state.call()?;
-        let current = &state.disk.files[self.file].current;
+        let forgotten =
+            state.faults.forgets_at.is_some_and(|at| state.calls >= at) && state.suspect.contains(&self.file);
+        let content = &mut state.disk.files[self.file];
+        if forgotten {
+            content.current.clone_from(&content.durable);
+        }
+        let current = &content.current;
         let rest = current.get(offset as usize..).unwrap_or_default();
         let read = rest.len().min(buffer.len());
         buffer[..read].copy_from_slice(&rest[..read]);

@@ -52,7 +52,9 @@ struct Moving {
     /// The segment that is searched.
     segment: u64,
     offset: u64,
-    /// How many records of the group at `offset` are done.
+    /// The number that the first record of the group at `offset` must have.
+    first_record: u64,
+    /// How many records of that group are done.
     records: usize,
 }
 
@@ -268,6 +270,7 @@ impl Writer {
             self.moving = Moving {
                 segment: id,
                 offset: format::SEGMENT_HEADER_BYTES as u64,
+                first_record: oldest.first_record,
                 records: 0,
             };
         }
@@ -279,7 +282,11 @@ impl Writer {
             }
             let mut bytes = vec![0; GROUP_HEADER_BYTES];
             oldest.file.read_exact_at(&mut bytes, offset)?;
-            let header = GroupHeader::peek(mark, &bytes).ok_or_else(rotten)?;
+            // With other numbers it would be skipped, and its segment never freed.
+            let expected = |header: &GroupHeader| {
+                header.first_record == self.moving.first_record && header.group_bytes() as u64 <= end - offset
+            };
+            let header = GroupHeader::peek(mark, &bytes).filter(expected).ok_or_else(rotten)?;
             if self
                 .shared
                 .any_live(header.first_record + records as u64..header.next_record())
@@ -306,6 +313,7 @@ impl Writer {
                 }
             }
             self.moving.offset += header.group_bytes() as u64;
+            self.moving.first_record = header.next_record();
             self.moving.records = 0;
         }
         Ok(moved > 0)

@@ -37,7 +37,7 @@ fn fail_each_call(kind: Option<ErrorKind>, for_ever: bool, seed: u64) -> u64 {
             for_ever,
             kind,
             short_writes: number % 2 == 0,
-            capacity: None,
+            ..Faults::default()
         };
         let fs = SimFs::new(Disk::default(), faults);
         let driver = run(&fs, seed);
@@ -97,4 +97,55 @@ fn an_error_of_any_call_loses_nothing_that_was_acknowledged() {
     }
     println!("{calls} failing calls");
     assert!(calls > 1_000);
+}
+
+#[test]
+fn what_the_system_lets_go_of_meanwhile_is_not_recovered() {
+    let (mut failures, mut given_up) = (0, 0);
+    for number in 1.. {
+        let faults = Faults {
+            fail_at: Some(number),
+            ..Faults::default()
+        };
+        let fs = SimFs::new(Disk::default(), faults);
+        let driver = run(&fs, 4);
+        if fs.failed() == 0 {
+            break;
+        }
+        if !fs.is_suspect() {
+            continue;
+        }
+        failures += 1;
+        let history = driver.map(|driver| driver.history.clone()).unwrap_or_default();
+        let expected = history.after(fs.ops());
+        // At every fourth call of the restart; which ones differs from failure to failure.
+        for forgets_at in (1 + number % 4..).step_by(4) {
+            let faults = Faults {
+                forgets_at: Some(forgets_at),
+                ..Faults::default()
+            };
+            let context = || format!("call {number} failed; let go at call {forgets_at} of the restart");
+            let again = fs.restarted(faults);
+            match Driver::open(&again, &small(), Dice::new(0)) {
+                Ok((_, found)) => {
+                    expected.check(&found, &context);
+                    let crashed = SimFs::new(again.disk().crashed(&Loss::All), Faults::default());
+                    let (_, after_crash) =
+                        Driver::open(&crashed, &small(), Dice::new(0)).unwrap_or_else(|e| panic!("{e}; {}", context()));
+                    assert_eq!(
+                        versions(&found),
+                        versions(&after_crash),
+                        "recovered, and not on disk; {}",
+                        context()
+                    );
+                }
+                Err(_) => given_up += 1,
+            }
+            if again.calls() < forgets_at {
+                break;
+            }
+        }
+    }
+    println!("{failures} failing syncs, {given_up} starts given up");
+    assert!(failures > 50 && given_up > 50);
 }

@@ -3,10 +3,12 @@
 mod crash;
 mod damage;
 mod faults;
+mod marks;
 mod model;
 mod repair;
 mod space;
 mod threads;
+mod wakes;
 
 use std::collections::HashMap;
 

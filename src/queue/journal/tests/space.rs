@@ -3,7 +3,8 @@
 
 use super::{Config, Driver, STRAGGLERS, small, write};
 use crate::queue::journal::{
-    format::{CHARGE_OVERHEAD_BYTES, encode_record},
+    format::{CHARGE_OVERHEAD_BYTES, GROUP_HEADER_BYTES, SEGMENT_HEADER_BYTES, encode_record},
+    segments::segment_name,
     sim::{Dice, Faults, SimFs},
 };
 
@@ -153,5 +154,26 @@ fn on_a_full_disk_the_last_word_frees_a_segment_however_full_the_others_are() {
             driver.append(write(1, 1_000, bytes)),
             "room again, with values of {bytes} bytes"
         );
+    }
+}
+
+#[test]
+fn a_segment_that_rots_ends_the_journal_instead_of_filling_it() {
+    for byte in 0..GROUP_HEADER_BYTES {
+        let (fs, mut driver) = open(&small());
+        driver.work(false).expect("no fault");
+        assert!(driver.append(write(STRAGGLERS, 1, 50)));
+        driver.work(false).expect("no fault");
+        fs.rot(&segment_name(1), SEGMENT_HEADER_BYTES + byte);
+        let mut number = 10;
+        let error = loop {
+            if let Err(error) = driver.work(false) {
+                break error;
+            }
+            assert!(driver.append(write(1, number, 200)), "stuck, with byte {byte} changed");
+            number += 1;
+            assert!(number < 1_000, "never looked at, with byte {byte} changed");
+        };
+        assert_eq!(error.kind(), std::io::ErrorKind::InvalidData, "{error}");
     }
 }

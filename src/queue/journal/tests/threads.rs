@@ -11,6 +11,7 @@ use crate::{
     queue::journal::{
         Config, Journal, JournalError, Lane, Record, Recovered, Stall, State,
         fs::{DiskFs, JournalFs},
+        inspect::inspect,
         sim::{Disk, Faults, SimFs},
     },
     telemetry::journal::JournalMetrics,
@@ -356,4 +357,35 @@ fn what_is_no_directory_is_refused() {
     assert!(DiskFs::create(file.path()).is_err());
     let error = DiskFs::existing(file.path()).expect_err("a file");
     assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inspecting_a_running_journal_finds_no_damage() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let config = Config {
+        segment_bytes: 64 << 10,
+        bytes_max: 1 << 20,
+        ..Config::default()
+    };
+    let (journal, _) = open_at(directory.path(), &config).expect("an empty directory");
+    let fs = DiskFs::existing(directory.path()).expect("there");
+    let looking = tokio::task::spawn_blocking(move || {
+        for look in 0..100 {
+            let inspection = inspect(&fs).expect("readable");
+            assert!(inspection.refusal.is_none(), "at look {look}: {inspection}");
+        }
+    });
+    let lane = journal.lane();
+    let mut held = None;
+    let mut number = 0;
+    while !looking.is_finished() {
+        number += 1;
+        let record = journal
+            .put(&lane, &write(1, number, 2_000), soon())
+            .await
+            .expect("room");
+        drop(held.replace(record));
+    }
+    looking.await.expect("in order at every look");
+    assert!(number > 100, "{number} appends");
 }
