@@ -20,8 +20,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     clock::Clock,
-    gateway::Gateway,
-    queue::{Queue, journal::State},
+    gateway::{Gateway, JournalState},
     store::Store,
 };
 
@@ -40,7 +39,6 @@ pub struct Health {
     store: Store,
     /// The background runtime's, for its connection to Redis.
     background: Gateway,
-    queue: Queue,
     clock: Arc<Clock>,
     stopping: Arc<AtomicBool>,
     reporter: HealthReporter,
@@ -55,7 +53,7 @@ pub struct Readiness {
     pub ready: bool,
     store: bool,
     cache: Option<bool>,
-    journal: State,
+    journal: JournalState,
 }
 
 impl fmt::Display for Readiness {
@@ -64,10 +62,10 @@ impl fmt::Display for Readiness {
         let cache = self.cache.map_or("none", word);
         let gateway = if self.ready { "ready" } else { "not ready" };
         let journal = match self.journal {
-            State::Up => "up",
-            State::Full => "full",
-            State::DiskFull => "disk full",
-            State::Failed => "failed",
+            JournalState::Up => "up",
+            JournalState::Full => "full",
+            JournalState::DiskFull => "disk full",
+            JournalState::Failed => "failed",
         };
         writeln!(
             f,
@@ -79,11 +77,10 @@ impl fmt::Display for Readiness {
 
 impl Health {
     /// Health of a gateway over a store.
-    pub fn new(store: Store, background: Gateway, queue: Queue, clock: Arc<Clock>) -> Health {
+    pub fn new(store: Store, background: Gateway, clock: Arc<Clock>) -> Health {
         Health {
             store,
             background,
-            queue,
             clock,
             stopping: Arc::new(AtomicBool::new(false)),
             reporter: HealthReporter::new(),
@@ -98,10 +95,10 @@ impl Health {
 
     /// The state now.
     pub fn readiness(&self) -> Readiness {
-        let journal = self.queue.journal_state();
+        let journal = self.background.journal_state();
         let stopping = self.stopping.load(Ordering::Relaxed);
         Readiness {
-            ready: !stopping && self.clock.is_leased() && journal != State::Failed,
+            ready: !stopping && self.clock.is_leased() && journal != JournalState::Failed,
             store: !self.store.breaker().is_open(),
             cache: self.background.redis_is_up(),
             journal,
@@ -134,7 +131,7 @@ impl Health {
         }
         for (service, up) in [
             (STORE_SERVICE, readiness.store),
-            (JOURNAL_SERVICE, readiness.journal == State::Up),
+            (JOURNAL_SERVICE, readiness.journal == JournalState::Up),
         ] {
             self.reporter.set_service_status(service, status(up)).await;
         }
@@ -167,8 +164,7 @@ mod tests {
     };
 
     fn health(rig: &Rig) -> Health {
-        let queue = rig.queue().clone();
-        Health::new(rig.store.clone(), rig.gateway.clone(), queue, Arc::clone(rig.clock()))
+        Health::new(rig.store.clone(), rig.gateway.clone(), Arc::clone(rig.clock()))
     }
 
     /// What a health check is answered; `None`: the service is not known.

@@ -131,7 +131,7 @@ fn health(config: &Config) -> anyhow::Result<ExitCode> {
 
 fn inspect(config: &Config) -> anyhow::Result<ExitCode> {
     let path = config.journal_dir();
-    let fs = DiskFs::existing(&path).with_context(|| format!("there is no journal {}", path.display()))?;
+    let fs = DiskFs::to_read(&path).with_context(|| format!("there is no journal {}", path.display()))?;
     let inspection = inspect::inspect(&fs)?;
     say(&mut io::stdout(), &inspection.to_string());
     Ok(match inspection.refusal {

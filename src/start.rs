@@ -152,12 +152,7 @@ impl Running {
         let collecting = collect::start(store.clone(), &config.store, metrics.store.clone(), &tasks.stop);
         tasks.add([collecting]);
 
-        let health = Health::new(
-            store.clone(),
-            gateway.clone(),
-            parts.queue.clone(),
-            Arc::clone(&parts.clock),
-        );
+        let health = Health::new(store.clone(), gateway.clone(), Arc::clone(&parts.clock));
         // Once before the port opens, so that nobody is told that a service is not known.
         health.report().await;
         tasks.spawn(health.clone().keep());

@@ -16,6 +16,8 @@ mod read;
 pub(crate) mod tests;
 mod write;
 
+pub use crate::queue::journal::State as JournalState;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -248,6 +250,11 @@ impl Gateway {
     /// Whether this thread's connection to Redis is up; `None` where no Redis is configured.
     pub fn redis_is_up(&self) -> Option<bool> {
         self.inner.redis.as_ref().map(RedisCache::is_up)
+    }
+
+    /// What the journal can do.
+    pub fn journal_state(&self) -> JournalState {
+        self.parts().queue.journal_state()
     }
 
     fn parts(&self) -> &GatewayParts {

@@ -130,7 +130,7 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
 }
 
 impl Rig {
-    pub(crate) fn queue(&self) -> &Queue {
+    fn queue(&self) -> &Queue {
         &self.parts().queue
     }
 

@@ -115,11 +115,19 @@ impl Gateway {
             if standing <= write.entry.version || parts.clock.stamped_since(standing) {
                 break;
             }
-            if Instant::now() >= draft.deadline {
+            let stamped = if Instant::now() < draft.deadline {
+                self.stamp(&draft.key, Some(standing))
+            } else {
                 let message = "the deadline passed before the write was accepted";
-                return Err(given_up(Error::new(ErrorKind::Timeout, message)));
-            }
-            write.entry.version = self.stamp(&draft.key, Some(standing)).map_err(given_up)?;
+                Err(Error::new(ErrorKind::Timeout, message))
+            };
+            write.entry.version = match stamped {
+                Ok(version) => version,
+                Err(error) => {
+                    held.release();
+                    return Err(given_up(error));
+                }
+            };
             let appended = parts.queue.append_anew(lane, held, &write, draft.deadline).await;
             held = appended.map_err(given_up)?;
             copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());

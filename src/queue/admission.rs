@@ -2,7 +2,8 @@
 //!
 //! Owns the two states of it, so that nothing can be accepted that is not as durable as it must be: a [`Claim`] is room, and only
 //! becomes a [`Held`] by the journal's word, or for a write that rests on memory. Does not own the room (the budget's and the
-//! journal's). Both give back what they hold when dropped.
+//! journal's). Both give back their room when dropped; a record in the journal is released in so many words only, for whatever is dropped
+//! because the process gives up must come back with the next start.
 
 use super::{
     budget::Permit,
@@ -29,6 +30,7 @@ pub struct Claim {
 
 /// What a write that may be accepted holds: its room in the queue, and its record in the journal if it rests on that.
 #[derive(Debug)]
+#[must_use = "what is not released is recovered by the next start"]
 pub struct Held {
     pub(super) permit: Permit,
     /// Of the write itself, or of an older one of its key that one rests on, which memory alone must not make vanish.
@@ -39,6 +41,13 @@ impl Held {
     /// Whether the write is in the journal.
     pub fn is_journaled(&self) -> bool {
         self.record.is_some()
+    }
+
+    /// Gives all of it back: the write is in the store, or superseded, or was never answered. A restart need not bring it back.
+    pub fn release(self) {
+        if let Some(record) = self.record {
+            record.release();
+        }
     }
 }
 

@@ -254,7 +254,6 @@ impl Worker {
         debug_assert_eq!(writes.len(), committed.len());
         let (mut late, mut notices) = (Vec::new(), Vec::new());
         for (writes, committed) in writes.chunks(LOCKED_MAX).zip(committed.chunks(LOCKED_MAX)) {
-            // What they hold is freed when the lock is not held any more.
             let mut left: Vec<Option<Held>> = Vec::with_capacity(writes.len());
             self.shared.change(self.shard(), |pending| {
                 for (write, committed) in writes.iter().zip(committed) {
@@ -275,6 +274,8 @@ impl Worker {
                     }
                 }
             });
+            // Now that the lock is not held any more.
+            left.into_iter().flatten().for_each(Held::release);
         }
         self.condemn(late);
         for notice in notices {
@@ -314,7 +315,8 @@ impl Worker {
                 self.metrics.dead_letters.inc();
                 let Write { key, entry } = &letter.write;
                 let end = |pending: &mut Pending<Held>| pending.end(key, entry.version);
-                drop(self.shared.change(self.shard(), end));
+                let left = self.shared.change(self.shard(), end);
+                left.into_iter().for_each(Held::release);
                 self.tell(dropped(&letter.write, DropReason::DeadLettered)).await;
             }
             Err(error) => {

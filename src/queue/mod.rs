@@ -340,7 +340,7 @@ impl Queue {
         let Some(record) = record else {
             return Ok(Held { permit, record });
         };
-        drop(record);
+        record.release();
         let bytes = write.key.bytes() + write.entry.value_bytes();
         let room = Some(self.shared.journal.room(bytes, deadline).await?);
         self.append(lane, Claim { permit, room }, write, deadline).await
@@ -368,10 +368,18 @@ impl Queue {
             shard.changed.notify_one();
         }
         shared.metrics.accepted.inc();
-        if let Offered::Coalesced(_) = offered {
-            shared.metrics.coalesced.inc();
+        match offered {
+            Offered::Added => true,
+            Offered::Coalesced(older) => {
+                older.release();
+                shared.metrics.coalesced.inc();
+                true
+            }
+            Offered::Refused(offered) => {
+                offered.release();
+                false
+            }
         }
-        !matches!(offered, Offered::Refused(_))
     }
 
     /// The newest accepted write of a key that the store is not known to have.
@@ -387,13 +395,15 @@ impl Queue {
     /// Tells that a write of [`Notice::Confirmed`] is published: it leaves.
     pub fn published(&self, key: &Key, version: Version) {
         let shared = &self.shared;
-        drop(shared.change(shared.shard(key), |pending| pending.end(key, version)));
+        let left = shared.change(shared.shard(key), |pending| pending.end(key, version));
+        left.into_iter().for_each(Held::release);
     }
 
     /// Tells that the store holds `version` of a key, or something newer: a pending write at or below it has nothing left to do.
     pub fn overtake(&self, key: &Key, version: Version) {
         let shared = &self.shared;
-        drop(shared.change(shared.shard(key), |pending| pending.overtake(key, version)));
+        let left = shared.change(shared.shard(key), |pending| pending.overtake(key, version));
+        left.into_iter().for_each(Held::release);
     }
 
     /// How full the queue is.

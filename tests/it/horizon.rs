@@ -5,13 +5,12 @@ use sqlx::Row as _;
 use tidegate::rpc::proto::ReadConsistency;
 
 use crate::harness::{
-    Database, Gateway, Mode, SOON, Setup, database::DeadLetter, eventually, expect, postgres, proxy::Proxy, redis,
+    Database, Gateway, Mode, SOON, Setup, client::EVERY, database::DeadLetter, eventually, expect, postgres,
+    proxy::Proxy, redis,
 };
 
 /// Calls end, and deleted records go, as soon as they may.
 const HASTY: &str = "[store]\ncall_timeout = '1s'\ntombstone_retention = '1500ms'\ncollect_interval = '200ms'";
-
-const EVERY: [ReadConsistency; 3] = [ReadConsistency::Cached, ReadConsistency::Shared, ReadConsistency::Store];
 
 /// A gateway whose way to the store can be cut, and one beside it.
 struct Pair {

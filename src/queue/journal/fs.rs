@@ -128,6 +128,8 @@ const LOCK: &str = "lock";
 #[derive(Debug)]
 pub struct DiskFs {
     path: PathBuf,
+    /// Whether files are opened to be written, too.
+    writes: bool,
 }
 
 impl DiskFs {
@@ -161,7 +163,18 @@ impl DiskFs {
         if !fs::metadata(path)?.is_dir() {
             return Err(io::ErrorKind::NotADirectory.into());
         }
-        Ok(DiskFs { path: path.to_owned() })
+        Ok(DiskFs {
+            path: path.to_owned(),
+            writes: true,
+        })
+    }
+
+    /// The same to look into, where nothing may be writable.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn to_read(path: &Path) -> io::Result<DiskFs> {
+        DiskFs::existing(path).map(|fs| DiskFs { writes: false, ..fs })
     }
 }
 
@@ -190,7 +203,8 @@ impl JournalFs for DiskFs {
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn JournalFile>> {
-        let file = OpenOptions::new().read(true).write(true).open(self.path.join(name))?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(self.writes).open(self.path.join(name))?;
         Ok(Box::new(DiskFile(file)))
     }
 

@@ -2,9 +2,9 @@
 //!
 //! Limits first: its size, and what of it may be live ([`Config`]); a write claims [`Room`] before it is anything. Then the way of a
 //! write: [`Journal::append`] gathers its record with all others of the moment into a group, the journal
-//! thread writes and syncs that (`writer`), and wakes each serving thread once (`wake`). It answers with a [`Record`]: while that is
-//! held, a restart brings the write back. Owns the files, the format and the thread; does not own which version of a key counts
-//! nor when a write is in the store (its caller, who drops the record then). Invariants: an append that was answered is on disk;
+//! thread writes and syncs that (`writer`), and wakes each serving thread once (`wake`). It answers with a [`Record`]: until that is
+//! released, a restart brings the write back. Owns the files, the format and the thread; does not own which version of a key counts
+//! nor when a write is in the store (its caller, who releases the record then). Invariants: an append that was answered is on disk;
 //! what was never appended is never recovered; what was released, and told so on disk, is not recovered either.
 //!
 //! In reading order: this file, `format` (the bytes), `shared` and `live` (the state), `writer` (the algorithm), `segments` and [`fs`] (the
@@ -217,18 +217,20 @@ impl Drop for OpenLane {
     }
 }
 
-/// A record on disk. While it is held, a restart brings its write back. Dropping it releases the record: its write is in the store, or
-/// superseded by a durable one of its key. That is told on disk by the next group, or after a lull; until then, and wherever a crash
-/// comes first, a restart may still bring it back, which is harmless. After the journal has closed dropping it changes nothing.
-#[must_use = "a record that is dropped is released"]
+/// A record on disk: a restart brings its write back, until the record is [released](Record::release). Dropping it releases nothing. So
+/// whatever is dropped because a start failed, or the process gives up, comes back with the next start.
+#[must_use = "a record that is not released is recovered by every start"]
 pub struct Record {
     shared: Arc<Shared>,
     number: u64,
     charge: u32,
 }
 
-impl Drop for Record {
-    fn drop(&mut self) {
+impl Record {
+    /// Its write is in the store, or superseded by a durable one of its key, or was never answered: a restart need not bring it back. That
+    /// is told on disk by the next group, or after a lull; until then, and wherever a crash comes first, a restart may still bring it
+    /// back, which is harmless. After the journal has closed it changes nothing.
+    pub fn release(self) {
         self.shared.release(self.number, self.charge);
     }
 }
@@ -317,11 +319,10 @@ impl Journal {
         Error::new(ErrorKind::Timeout, message)
     }
 
-    /// Appends a write for which `room` was claimed. OK means that it is on disk, and stays there while the record is held.
+    /// Appends a write for which `room` was claimed. OK means that it is on disk, and stays there until the record is released.
     ///
-    /// Cancelling it before the record is gathered leaves nothing. Afterwards it is written all the same, and released at once, for
-    /// nobody holds its record: a restart may bring it back or not. Whoever must not lose track of it runs this in a task of
-    /// its own.
+    /// Cancelling it before the record is gathered leaves nothing. Afterwards it is written all the same, and nobody can release it: a
+    /// restart brings it back. Whoever must not lose track of it runs this in a task of its own.
     ///
     /// # Errors
     /// Not applied: [`ErrorKind::Unavailable`], closed or poisoned before. Unknown: [`ErrorKind::Timeout`], the disk did not answer until
@@ -335,12 +336,14 @@ impl Journal {
             number,
             charge,
         };
-        match timeout_at(deadline, lane.core.0.settled(sequence)).await {
-            Ok(Fate::Durable) => Ok(record),
-            Ok(Fate::NotWritten) => Err(refused(Phase::Poisoned)),
-            Ok(Fate::Unknown) => Err(Error::new(ErrorKind::Unavailable, "the journal could not be written").unknown()),
-            Err(_) => Err(Error::new(ErrorKind::Timeout, "the journal was not written by the deadline").unknown()),
-        }
+        let error = match timeout_at(deadline, lane.core.0.settled(sequence)).await {
+            Ok(Fate::Durable) => return Ok(record),
+            Ok(Fate::NotWritten) => refused(Phase::Poisoned),
+            Ok(Fate::Unknown) => Error::new(ErrorKind::Unavailable, "the journal could not be written").unknown(),
+            Err(_) => Error::new(ErrorKind::Timeout, "the journal was not written by the deadline").unknown(),
+        };
+        record.release();
+        Err(error)
     }
 
     /// The longest that the record of a write of `bytes` can be.

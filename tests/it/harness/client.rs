@@ -10,6 +10,9 @@ use tidegate::rpc::proto::{
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 
+/// Every consistency that a read can ask for.
+pub const EVERY: [ReadConsistency; 3] = [ReadConsistency::Cached, ReadConsistency::Shared, ReadConsistency::Store];
+
 /// When a write is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -77,6 +80,24 @@ impl Client {
     pub async fn value(&self, key: &str, consistency: ReadConsistency) -> Option<Bytes> {
         let answer = self.get(key, consistency).await.expect("a read succeeds");
         answer.entry.map(|entry| entry.value)
+    }
+
+    /// Asserts that a read of every consistency sees this value; `None`: that the key is absent.
+    pub async fn assert_everywhere(&self, key: &str, value: Option<&[u8]>) {
+        for consistency in EVERY {
+            let answer = self.get(key, consistency).await.expect("a read succeeds");
+            let (seen, source) = seen(&answer);
+            // A value of the tests may be long.
+            let text = |value: Option<&[u8]>| {
+                value.map(|value| String::from_utf8_lossy(&value[..value.len().min(80)]).into_owned())
+            };
+            assert!(
+                seen == value,
+                "{key} for {consistency:?}: {source:?} answers {:?} and not {:?}",
+                text(seen),
+                text(value)
+            );
+        }
     }
 
     /// A Put to be sent; for what the shorter calls do not offer.

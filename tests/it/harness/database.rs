@@ -138,12 +138,30 @@ impl Database {
     }
 
     async fn hold(&self, mode: &str) -> Hold {
+        self.locked(&format!("begin; lock table tidegate_entries in {mode} mode"))
+            .await
+    }
+
+    /// Holds every write of one namespace, until dropped; those of others go on. PostgreSQL only.
+    pub async fn hold_namespace(&self, namespace: &str) -> Hold {
+        self.execute(&format!(
+            "create or replace function wait_for_test() returns trigger language plpgsql as \
+                 'begin perform pg_advisory_xact_lock_shared(hashtext(new.namespace)); return new; end'; \
+             drop trigger if exists wait_for_test on tidegate_entries; \
+             create trigger wait_for_test before insert or update on tidegate_entries \
+                 for each row when (new.namespace = '{namespace}') execute function wait_for_test()"
+        ))
+        .await;
+        self.locked(&format!("select pg_advisory_lock(hashtext('{namespace}'))"))
+            .await
+    }
+
+    async fn locked(&self, lock: &str) -> Hold {
         let mut connection = postgres::connect(&self.url).await;
-        let lock = format!("begin; lock table tidegate_entries in {mode} mode");
-        sqlx::raw_sql(AssertSqlSafe(lock))
+        sqlx::raw_sql(AssertSqlSafe(lock.to_owned()))
             .execute(&mut connection)
             .await
-            .expect("the table can be locked");
+            .expect("it can be locked");
         Hold { connection }
     }
 
@@ -181,7 +199,7 @@ impl Database {
     }
 }
 
-/// A lock on the table of entries: reading it is possible, writing waits.
+/// A lock of a session of its own on what the gateway writes to.
 pub struct Hold {
     connection: PgConnection,
 }

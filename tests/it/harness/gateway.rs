@@ -2,7 +2,14 @@
 //!
 //! Owns starting it with a configuration, its log, its signals and its end. When a test fails, its log is printed with the failure.
 
-use std::{fs, net::SocketAddr, path::Path, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use serde_json::Value;
 use tokio::{
@@ -64,7 +71,8 @@ impl Setup {
         self.start_in(Directory::new("gateway")).await
     }
 
-    async fn start_in(self, directory: Directory) -> Gateway {
+    /// Starts the gateway on what an earlier one left in its directory, and waits until it serves.
+    pub async fn start_in(self, directory: Directory) -> Gateway {
         let mut process = self.run(&directory);
         let (address, operations) = eventually("the gateway serves", SOON, async || {
             let log = process.stderr();
@@ -97,8 +105,12 @@ impl Setup {
 
     /// Starts a gateway that is expected to end by itself, and waits for that.
     pub async fn run_to_end(self) -> Exit {
-        let directory = Directory::new("gateway");
-        let mut process = self.run(&directory);
+        self.run_to_end_in(&Directory::new("gateway")).await
+    }
+
+    /// The same on what an earlier one left in its directory.
+    pub async fn run_to_end_in(&self, directory: &Directory) -> Exit {
+        let mut process = self.run(directory);
         let code = process.wait(SOON).await.code();
         Exit {
             code,
@@ -119,13 +131,18 @@ impl Setup {
         let _ = fs::remove_file(path.join("gateway.err"));
         let mut command = command();
         command.arg("serve").arg("--config").arg(&file);
-        command.arg("--data-dir").arg(path.join("data"));
+        command.arg("--data-dir").arg(data_dir(directory));
         if !self.arguments.iter().any(|argument| argument == "--listen") {
             command.args(["--listen", "127.0.0.1:0"]);
         }
         command.args(&self.arguments).current_dir(path);
         Process::start("the gateway", &command, "KILL", path, "gateway")
     }
+}
+
+/// Where a gateway that was started in a directory keeps its data.
+pub fn data_dir(directory: &Directory) -> PathBuf {
+    directory.path().join("data")
 }
 
 /// The command, for what is not serving.
@@ -292,6 +309,24 @@ impl Gateway {
         .await;
     }
 
+    /// Waits until `/readyz` says a line.
+    pub async fn await_readiness(&self, line: &str) -> Page {
+        eventually(&format!("/readyz says {line:?}"), SOON, async || {
+            let page = self.page("/readyz").await;
+            if page.body.lines().any(|said| said == line) {
+                Ok(page)
+            } else {
+                Err(format!("{page:?}"))
+            }
+        })
+        .await
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// Asks it to shut down in order.
     pub fn terminate(&mut self) {
         self.process.signal("TERM");
@@ -318,10 +353,25 @@ impl Gateway {
     }
 
     /// Starts a gateway that has ended again, on its data, with the same configuration.
-    pub async fn start_again(mut self) -> Gateway {
+    pub async fn start_again(self) -> Gateway {
+        let setup = self.setup.clone();
+        self.start_again_as(setup).await
+    }
+
+    /// The same with another configuration.
+    pub async fn start_again_as(self, setup: Setup) -> Gateway {
+        setup.start_in(self.leave()).await
+    }
+
+    /// Where it keeps everything.
+    pub fn directory(&self) -> &Directory {
+        self.directory.as_ref().expect("held until it is left")
+    }
+
+    /// What a gateway that has ended left behind.
+    pub fn leave(mut self) -> Directory {
         assert!(!self.runs(), "the gateway still runs");
-        let directory = self.directory.take().expect("held until now");
-        self.setup.clone().start_in(directory).await
+        self.directory.take().expect("held until now")
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod database;
+pub mod disk;
 pub mod gateway;
 pub mod postgres;
 pub mod process;

@@ -80,7 +80,7 @@ static ROOT: LazyLock<Root> = LazyLock::new(|| {
     Root { path, _keeper: keeper }
 });
 
-fn shell(script: &str) -> Command {
+pub fn shell(script: &str) -> Command {
     let mut command = Command::new("/bin/sh");
     // A group of its own: Ctrl-C at a terminal must reach the tests, not the keepers.
     command.args(["-c", script, "keeper"]).process_group(0);

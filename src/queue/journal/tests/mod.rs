@@ -298,7 +298,12 @@ impl Driver {
 
     fn release(&mut self, index: usize) {
         self.history.issued[index].released = Some(self.fs.ops());
-        self.held.retain(|(held, _)| *held != index);
+        let at = self
+            .held
+            .iter()
+            .position(|(held, _)| *held == index)
+            .expect("it is held");
+        self.held.remove(at).1.release();
     }
 
     /// Releases everything.

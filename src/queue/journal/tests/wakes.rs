@@ -90,7 +90,7 @@ async fn serve(journal: &Journal, lane: Lane, callers: &Arc<Count>, thread: usiz
                 let deadline = Instant::now() + Duration::from_secs(60);
                 let room = journal.room(write.key.bytes() + 100, deadline).await.expect("room");
                 let appended = counted(journal.append(&lane, room, &write, deadline), &callers).await;
-                drop(appended.expect("no fault"));
+                appended.expect("no fault").release();
             }
         });
     }
