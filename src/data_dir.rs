@@ -1,12 +1,12 @@
 //! The data directory: files that belong to one gateway.
 //!
-//! Owns the directory itself, the lock that keeps it to one process, and the mark by which a restart gets its node id back. The
-//! embedded database lies here by default, and is the store's.
+//! Owns the directory itself, the lock that keeps it to one process, and the mark by which a restart gets its node id back. What else lies
+//! here is others': the saved lease (`store::node`), and by default the embedded database (the store).
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -16,6 +16,8 @@ use rand::RngExt;
 const LOCK: &str = "lock";
 /// The file that holds the directory's mark.
 const MARK: &str = "mark";
+/// The file in which the lease of the node id is saved.
+const LEASE: &str = "lease";
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +38,9 @@ pub enum DataDirError {
 /// A data directory, held until dropped.
 #[derive(Debug)]
 pub struct DataDir {
+    path: PathBuf,
     mark: String,
+    identity: String,
     /// The lock ends with the file's descriptor, however the process ends.
     _lock: File,
 }
@@ -68,12 +72,30 @@ impl DataDir {
             TryLockError::Error(source) => unusable(source),
         })?;
         let mark = read_or_make_mark(&path.join(MARK)).map_err(unusable)?;
-        Ok(DataDir { mark, _lock: lock })
+        // The lock file is made once and never replaced, so its number changes only where the directory is copied.
+        let number = lock.metadata().map_err(unusable)?.ino();
+        Ok(DataDir {
+            path: path.to_owned(),
+            identity: format!("{mark}.{number:x}"),
+            mark,
+            _lock: lock,
+        })
     }
 
     /// The random mark by which the store knows this directory.
     pub fn mark(&self) -> &str {
         &self.mark
+    }
+
+    /// Which directory this is. A copy of it has the same mark and another identity, as far as the file system tells: one whose blocks
+    /// were copied has the same.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Where the lease of the node id is saved.
+    pub fn lease_path(&self) -> PathBuf {
+        self.path.join(LEASE)
     }
 }
 
@@ -112,6 +134,24 @@ mod tests {
         let mark = first.mark().to_owned();
         drop(first);
         assert_eq!(DataDir::open(&path).expect("free again").mark(), mark);
+    }
+
+    #[test]
+    fn a_copy_has_the_mark_and_not_the_identity() {
+        let parent = tempfile::tempdir().expect("a temporary directory");
+        let (path, copy) = (parent.path().join("data"), parent.path().join("copy"));
+        let (mark, identity) = {
+            let made = DataDir::open(&path).expect("made");
+            (made.mark().to_owned(), made.identity().to_owned())
+        };
+        fs::create_dir(&copy).expect("made");
+        for file in [LOCK, MARK] {
+            fs::copy(path.join(file), copy.join(file)).expect("copied");
+        }
+        let copy = DataDir::open(&copy).expect("usable");
+        assert_eq!(copy.mark(), mark);
+        assert_ne!(copy.identity(), identity);
+        assert_eq!(DataDir::open(&path).expect("free again").identity(), identity);
     }
 
     #[test]

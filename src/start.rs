@@ -4,6 +4,8 @@
 //! it can work; a part that cannot be made ends the start with one clear line; a background task that ends unasked stops the process; when
 //! stopping, admission closes only after the calls that use it have finished, and what is left is counted and said.
 
+mod opening;
+
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use prometheus_client::registry::Registry;
@@ -11,24 +13,21 @@ use tokio::{
     net::TcpListener,
     sync::mpsc,
     task::{JoinError, JoinHandle, JoinSet},
-    time::{Instant, sleep_until},
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    backoff::Backoff,
     cache::{
         flight::{FLIGHTS_MAX, Flights},
         memory::Memory,
         redis,
     },
-    clock::Clock,
     config::{Config, Url},
-    data_dir::{DataDir, DataDirError, random_mark},
+    data_dir::{DataDir, DataDirError},
     error::Error,
     gateway::{Gateway, GatewayParts, Refreshes},
     health::Health,
-    model::Version,
     operations,
     queue::{
         self, Left, Notice, Queue,
@@ -36,16 +35,9 @@ use crate::{
     },
     rpc::serve::Server,
     shutdown,
-    store::{
-        Backend, Claimant, Store, StoreError, StoreErrorKind, breaker::Breaker, collect, commit::GroupCommit,
-        load::GroupLoad, node::NodeLease, postgres::Postgres, sqlite::Sqlite, watch,
-    },
+    store::{Store, StoreError, collect, commit::GroupCommit, load::GroupLoad, watch},
     telemetry::Metrics,
 };
-
-/// Between two tries to reach a store that does not answer yet.
-const CONNECT_RETRY_MIN: Duration = Duration::from_millis(100);
-const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// How long background tasks may take to end once nothing waits for them: the node id is given back then.
 const TASKS_WAIT: Duration = Duration::from_secs(3);
@@ -134,9 +126,12 @@ impl Running {
         let mut metrics = Metrics::default();
         let mut tasks = Tasks::default();
         let (journal, recovered) = open_journal(config, &metrics).await?;
-        let store = open_store(config).await?;
+        let opened = opening::open(config, &data_dir).await?;
+        let store = opened.store.clone();
         tasks.add([watch::start(store.clone(), &tasks.stop)]);
-        let clock = lease(config, &store, &data_dir, recovered.high_water, &mut tasks).await?;
+        let clock = opened
+            .lease(config, &data_dir, recovered.high_water, &mut tasks)
+            .await?;
         let queue = queue::Parts {
             store: store.clone(),
             clock,
@@ -280,74 +275,6 @@ async fn open_journal(config: &Config, metrics: &Metrics) -> Result<(Journal, Re
         );
     }
     Ok((journal, recovered))
-}
-
-/// The store, with its tables up to date: waits for one that does not answer yet.
-async fn open_store(config: &Config) -> Result<Store, StartError> {
-    let url = config.store_url();
-    let deadline = Instant::now() + config.store.connect_wait;
-    let mut backoff = Backoff::new(CONNECT_RETRY_MIN, CONNECT_RETRY_MAX);
-    let mut said = String::new();
-    loop {
-        let source = match open_backend(&url, config).await {
-            Ok(backend) => {
-                return Ok(Store::new(
-                    backend,
-                    Arc::new(Breaker::default()),
-                    config.store.call_timeout,
-                ));
-            }
-            Err(error) => error,
-        };
-        let again = Instant::now() + backoff.delay();
-        if source.kind == StoreErrorKind::Rejected || again >= deadline {
-            return Err(StartError::Store { url, source });
-        }
-        // Once for each reason, not for each try.
-        let reason = source.to_string();
-        if reason != said {
-            tracing::warn!(reason, store = %url, "waiting for the store");
-            said = reason;
-        }
-        sleep_until(again).await;
-    }
-}
-
-async fn open_backend(url: &Url, config: &Config) -> Result<Arc<dyn Backend>, StoreError> {
-    let call_timeout = config.store.call_timeout;
-    if url.reveal().starts_with("sqlite:") {
-        return Ok(Arc::new(Sqlite::open(url.reveal(), call_timeout).await?));
-    }
-    let postgres = Postgres::new(url.reveal(), call_timeout)?;
-    if config.store.migrate {
-        postgres.migrate().await?;
-    } else {
-        postgres.check().await?;
-    }
-    Ok(Arc::new(postgres))
-}
-
-/// A clock for as long as this process has a node id.
-async fn lease(
-    config: &Config,
-    store: &Store,
-    data_dir: &DataDir,
-    recovered: Option<Version>,
-    tasks: &mut Tasks,
-) -> Result<Arc<Clock>, StartError> {
-    let claimant = Claimant {
-        directory: data_dir.mark().to_owned(),
-        start: random_mark(),
-    };
-    let deadline = Instant::now() + config.store.connect_wait;
-    let mut lease = NodeLease::take(store, claimant, deadline)
-        .await
-        .map_err(StartError::Node)?;
-    let grant = lease.grant();
-    let clock = Arc::new(Clock::new(grant.node, grant.high_water.max(recovered)));
-    lease.reserve(&clock, deadline).await.map_err(StartError::Node)?;
-    tasks.add([lease.start(Arc::clone(&clock), &tasks.stop)]);
-    Ok(clock)
 }
 
 /// The parts that the serving threads share, and what runs behind them.

@@ -59,7 +59,7 @@ pub struct Flags {
 pub struct Config {
     /// Where gRPC is served. Default: 127.0.0.1:50051. Port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Where the gateway keeps files of its own: its mark, its journal, and the embedded database. Default: `data`. One process at a time.
+    /// Where the gateway keeps files of its own: its mark, its lease, its journal, and the embedded database. Default: `data`. One process at a time.
     pub data_dir: PathBuf,
     /// The store, `postgres://…` or `sqlite://…`. Default: `tidegate.db` in the data directory.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -10,10 +10,11 @@ use crate::settings::{DAY, Unfit, count, within};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Whether pending migrations are applied at start. Default: true. Without it the role needs no right to change the schema, and
-    /// somebody has to apply them before a new version starts.
+    /// Whether pending migrations are applied before the store is used. Default: true. Without it the role needs no right to change the
+    /// schema, and somebody has to apply them before a new version starts.
     pub migrate: bool,
-    /// How long the start waits for the store to answer before it fails. Default: 30 s.
+    /// How long the start waits for the store to answer before it fails. Default: 30 s. A gateway that used this store within the last twelve
+    /// hours, from the same data directory, waits two seconds and then starts without it.
     #[serde(with = "humantime_serde")]
     pub connect_wait: Duration,
     /// How long one call to the store may take, connecting included, before its connection is given up. Default: 10 s. Shorter

@@ -169,7 +169,8 @@ pub fn check_url(url: &str) -> Result<(), StoreError> {
     if url.starts_with("sqlite:") {
         sqlite::check_url(url)
     } else if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-        postgres::Postgres::new(url, Duration::from_secs(1)).map(drop)
+        let tables = postgres::Tables::Check;
+        postgres::Postgres::new(url, Duration::from_secs(1), tables).map(drop)
     } else {
         let message = "the store's URL must begin with postgres:// or sqlite://";
         Err(StoreError::new(StoreErrorKind::Rejected, message))

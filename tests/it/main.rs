@@ -26,6 +26,7 @@ mod journal_directory;
 mod journal_disk;
 mod journal_full;
 mod limits;
+mod offline;
 mod outage;
 mod poison;
 mod queue_full;

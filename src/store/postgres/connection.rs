@@ -129,7 +129,7 @@ impl Connection for PostgresConnection {
 
     async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError> {
         let mut session = self.take().await?;
-        let result = collect(&mut session, (retention, rows_max), self.dialler.writers_wait).await;
+        let result = collect(&mut session, (retention, rows_max), self.dialler.writers_wait()).await;
         self.settle(session, result)
     }
 

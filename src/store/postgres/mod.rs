@@ -1,9 +1,9 @@
 //! PostgreSQL as the store.
 //!
 //! Owns how a session is opened and what it demands of the server, and the migrations. Its parts own the calls, their SQL, what the server's
-//! errors mean, and times on the wire. Does not own retries, timeouts of a call or the breaker
+//! errors mean, when the tables are prepared, and times on the wire. Does not own retries, timeouts of a call or the breaker
 //! ([`crate::store::Session`]). Invariants: a connection is dedicated, never pooled; it is to a primary that commits before it
-//! answers, or it is refused.
+//! answers, or it is refused; no call is sent before the tables were found, or brought, up to date in this process.
 //!
 //! **Poolers.** The session's settings travel as the startup parameter `options`, and statements are prepared once per connection. So
 //! connect directly, or through a pooler in session mode that passes `options` on. One that drops it is noticed and refused; one in
@@ -12,22 +12,32 @@
 mod collect;
 mod connection;
 mod failure;
+mod preparation;
 mod statements;
 mod time;
+mod url;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use sqlx::{
-    ConnectOptions, Connection as _, Row,
+    Connection as _, Row,
     migrate::{MigrateError, Migrator},
     postgres::{PgConnectOptions, PgConnection},
 };
-use tokio::time::timeout;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 
 use crate::store::{
     Backend, Connection, StoreError, StoreErrorKind,
-    postgres::{connection::PostgresConnection, failure::Failure},
+    postgres::{
+        connection::PostgresConnection,
+        failure::Failure,
+        preparation::{Preparation, Progress},
+    },
 };
 
 /// The oldest major version that is accepted: the oldest that its makers still maintain.
@@ -35,6 +45,19 @@ const SERVER_VERSION_MIN: i32 = 14;
 
 /// The table in which sqlx keeps which migrations were applied.
 const MIGRATIONS_TABLE: &str = "tidegate_migrations";
+
+/// How long migrations may take: so long that only one whose connection died without a word is given up.
+const MIGRATION_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// What is done about the tables before they are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tables {
+    /// They are brought up to date. Several gateways may do so at once: one does, the others wait for it. Tables that a newer gateway
+    /// migrated further are accepted, for migrations only ever add (so that an upgrade can be rolled back).
+    Migrate,
+    /// They are looked at: somebody else has brought them up to date, and the role needs no right to do so.
+    Check,
+}
 
 /// A PostgreSQL database.
 pub struct Postgres {
@@ -51,69 +74,34 @@ impl Postgres {
     ///
     /// # Errors
     /// [`StoreErrorKind::Rejected`] for an invalid URL, naming what is wrong and no part of the URL's values.
-    pub fn new(url: &str, call_timeout: Duration) -> Result<Postgres, StoreError> {
-        check_url(url)?;
-        let options: PgConnectOptions = url
-            .parse()
-            .map_err(|error: sqlx::Error| invalid_url(&format!("cannot be read: {}", configuration_error(&error))))?;
-        let options = match options.get_application_name() {
-            Some(_) => options,
-            None => options.application_name("tidegate"),
-        };
-        let options = options.disable_statement_logging();
-        let call_millis = call_timeout.as_millis();
-        let session = options
-            .clone()
-            .options(settings(call_millis * 4 / 5, call_millis * 2 / 5));
-        // A migration may rewrite a table, or wait for another gateway's.
-        let migration = options.options(settings(0, 0));
+    pub fn new(url: &str, call_timeout: Duration, tables: Tables) -> Result<Postgres, StoreError> {
+        url::options(url)?;
         Ok(Postgres {
             dialler: Arc::new(Dialler {
-                session,
-                migration,
-                dial_timeout: call_timeout / 2,
-                writers_wait: call_timeout / 2,
+                url: url.to_owned(),
+                call_timeout,
+                tables,
+                preparation: Preparation::default(),
+                refused: Mutex::default(),
             }),
         })
     }
 
-    /// Brings the tables up to date. Several gateways may do so at once: one does, the others wait for it. Tables that a newer gateway
-    /// migrated further are accepted, for migrations only ever add (so that an upgrade can be rolled back).
-    ///
-    /// May take as long as a migration takes; the caller bounds it. If the future is dropped, the running migration is rolled back.
+    /// Which database this is, as far as its URL says and the environment for what the URL leaves out: the same for two URLs that lead to the
+    /// same tables in the same way. Holds no secret.
+    pub fn identity(&self) -> String {
+        url::identity(&self.dialler.url)
+    }
+
+    /// Waits until the server is fit for use and its tables are up to date. What first uses the database would do so too; a start that waits
+    /// for it hears the reason when it is not. Cancel-safe: what has begun goes on.
     ///
     /// # Errors
     /// [`StoreErrorKind::Rejected`] when waiting will not help: the server is too old, is not in UTF-8, is told not to wait for its disk, or
-    /// has tables of our names that are not ours. All other kinds may pass: the server is starting, or a standby.
-    pub async fn migrate(&self) -> Result<(), StoreError> {
-        let mut connection = self.dialler.dial(&self.dialler.migration).await?;
-        let mut migrator: Migrator = sqlx::migrate!("migrations/postgres");
-        migrator.set_ignore_missing(true);
-        migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
-        migrator
-            .run_direct(None, &mut connection, false)
-            .await
-            .map_err(migration_error)?;
-        // Ends the session politely; everything is committed.
-        let _ = connection.close().await;
-        self.check().await
-    }
-
-    /// Checks that the server and its tables are fit for use: for a start without [`Postgres::migrate`].
-    ///
-    /// # Errors
-    /// As [`Postgres::migrate`]; [`StoreErrorKind::Transient`] when a table or column is missing.
-    pub async fn check(&self) -> Result<(), StoreError> {
-        let mut connection = self.dialler.dial(&self.dialler.session).await?;
-        let looked = sqlx::query(
-            "select e.collectable_at, d.reason, n.high_water, c.gc_horizon
-               from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c
-              limit 0",
-        )
-        .fetch_all(&mut connection)
-        .await;
-        let _ = connection.close().await;
-        looked.map(drop).map_err(|error| Failure::from(error).error)
+    /// has tables of our names that are not ours. [`StoreErrorKind::Transient`] when somebody has to do something: a table is missing, the role
+    /// is not let in. [`StoreErrorKind::Unreachable`] or [`StoreErrorKind::Unknown`] when the server is away, starting, or a standby.
+    pub async fn prepare(&self) -> Result<(), StoreError> {
+        self.dialler.prepared().await
     }
 }
 
@@ -131,11 +119,13 @@ impl Backend for Postgres {
 
 /// How to open a session.
 struct Dialler {
-    session: PgConnectOptions,
-    migration: PgConnectOptions,
-    dial_timeout: Duration,
-    /// How long a collection waits for the commits that began before it.
-    writers_wait: Duration,
+    /// Read anew for each session: where the server is by default, and its password, may have changed since.
+    url: String,
+    call_timeout: Duration,
+    tables: Tables,
+    preparation: Preparation,
+    /// Why the server was refused last: said once.
+    refused: Mutex<String>,
 }
 
 impl Dialler {
@@ -143,34 +133,130 @@ impl Dialler {
     ///
     /// # Errors
     /// Always [`StoreErrorKind::Unreachable`]: nothing was sent, whatever the reason.
-    async fn session(&self) -> Result<PgConnection, StoreError> {
-        self.dial(&self.session).await.map_err(|error| StoreError {
-            kind: StoreErrorKind::Unreachable,
-            ..error
+    async fn session(self: &Arc<Dialler>) -> Result<PgConnection, StoreError> {
+        let opening = self.in_time(async {
+            self.prepared().await?;
+            self.dial(self.session_options()?).await
+        });
+        opening.await.map_err(|error| {
+            if error.kind == StoreErrorKind::Rejected {
+                self.say_refused(&error);
+            }
+            StoreError {
+                kind: StoreErrorKind::Unreachable,
+                ..error
+            }
         })
+    }
+
+    /// Waits until the tables are up to date.
+    async fn prepared(self: &Arc<Dialler>) -> Result<(), StoreError> {
+        let dialler = Arc::clone(self);
+        let begin = async move |progress: watch::Sender<Progress>| {
+            let result = dialler.try_to_prepare(&progress).await;
+            progress.send_replace(Progress::Ended(result, Instant::now()));
+        };
+        self.preparation.ended(begin).await
+    }
+
+    async fn try_to_prepare(&self, progress: &watch::Sender<Progress>) -> Result<(), StoreError> {
+        if self.tables == Tables::Migrate {
+            let connection = self.in_time(self.dial(self.migration_options()?)).await?;
+            progress.send_replace(Progress::Migrating);
+            let migrated = timeout(MIGRATION_MAX, migrate(connection)).await;
+            migrated.unwrap_or_else(|_| {
+                let message = "the tables were not brought up to date within a day";
+                Err(StoreError::new(StoreErrorKind::Transient, message))
+            })?;
+        }
+        let connection = self.in_time(self.dial(self.session_options()?)).await?;
+        timeout(self.call_timeout, check_tables(connection))
+            .await
+            .unwrap_or_else(|_| {
+                let message = "PostgreSQL did not say in time whether the tables are there";
+                Err(StoreError::new(StoreErrorKind::Unreachable, message))
+            })
     }
 
     /// A new session to a server that is fit for use.
     ///
     /// # Errors
-    /// [`StoreErrorKind::Rejected`] from a server that will never be, else [`StoreErrorKind::Unreachable`].
-    async fn dial(&self, options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
-        self.in_time(async {
-            let mut connection = PgConnection::connect_with(options).await.map_err(unreachable)?;
-            check_server(&mut connection).await?;
-            Ok(connection)
-        })
-        .await
+    /// [`StoreErrorKind::Rejected`] from a server that will never be, [`StoreErrorKind::Transient`] from one that does not let us in, else
+    /// [`StoreErrorKind::Unreachable`].
+    async fn dial(&self, options: PgConnectOptions) -> Result<PgConnection, StoreError> {
+        let mut connection = PgConnection::connect_with(&options).await.map_err(unreachable)?;
+        check_server(&mut connection).await?;
+        Ok(connection)
     }
 
-    async fn in_time<T>(&self, dial: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-        timeout(self.dial_timeout, dial).await.unwrap_or_else(|_| {
-            Err(StoreError::new(
-                StoreErrorKind::Unreachable,
-                "no connection to PostgreSQL in time",
-            ))
+    async fn in_time<T>(&self, opening: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        timeout(self.call_timeout / 2, opening).await.unwrap_or_else(|_| {
+            let message = if self.preparation.is_migrating() {
+                "the tables are being brought up to date"
+            } else {
+                "no connection to PostgreSQL in time"
+            };
+            Err(StoreError::new(StoreErrorKind::Unreachable, message))
         })
     }
+
+    /// The server gives up a little before its caller does.
+    fn session_options(&self) -> Result<PgConnectOptions, StoreError> {
+        let call_millis = self.call_timeout.as_millis();
+        let settings = settings(call_millis * 4 / 5, call_millis * 2 / 5);
+        Ok(url::options(&self.url)?.options(settings))
+    }
+
+    /// A migration may rewrite a table, or wait for another gateway's.
+    fn migration_options(&self) -> Result<PgConnectOptions, StoreError> {
+        Ok(url::options(&self.url)?.options(settings(0, 0)))
+    }
+
+    /// How long a collection waits for the commits that began before it.
+    fn writers_wait(&self) -> Duration {
+        self.call_timeout / 2
+    }
+
+    /// A start is told by its own error; this is for a gateway that runs.
+    fn say_refused(&self, error: &StoreError) {
+        let reason = error.to_string();
+        let mut refused = self.refused.lock();
+        if *refused != reason {
+            tracing::error!(
+                reason,
+                "what answers in the store's place is not fit for use: nothing is sent to it, and what is accepted is kept; put the right \
+                 store there, or restart with its URL"
+            );
+            *refused = reason;
+        }
+    }
+}
+
+/// Brings the tables up to date. If the future is dropped, the migration that runs is rolled back.
+async fn migrate(mut connection: PgConnection) -> Result<(), StoreError> {
+    let mut migrator: Migrator = sqlx::migrate!("migrations/postgres");
+    migrator.set_ignore_missing(true);
+    migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
+    migrator
+        .run_direct(None, &mut connection, false)
+        .await
+        .map_err(migration_error)?;
+    // Ends the session politely; everything is committed.
+    let _ = connection.close().await;
+    Ok(())
+}
+
+/// Checks that the tables have every column that is used.
+async fn check_tables(mut connection: PgConnection) -> Result<(), StoreError> {
+    let looked = sqlx::query(
+        "select e.collectable_at, d.reason, n.high_water, c.gc_horizon
+           from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c
+          limit 0",
+    )
+    .fetch_all(&mut connection)
+    .await;
+    let _ = connection.close().await;
+    looked.map(drop).map_err(|error| Failure::from(error).error)
 }
 
 /// The settings of a session, that neither the server's nor the role's defaults may change. 0 is no limit.
@@ -238,10 +324,13 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
 
 /// An error of dialling: whatever it is, nothing of a call was sent.
 fn unreachable(error: sqlx::Error) -> StoreError {
-    StoreError {
-        kind: StoreErrorKind::Unreachable,
-        ..Failure::from(error).error
-    }
+    let error = Failure::from(error).error;
+    let kind = match error.code.as_deref().and_then(|code| code.get(..2)) {
+        // It is there, and refuses the role, or has no such database: what somebody has to mend is no outage.
+        Some("28" | "3D") => StoreErrorKind::Transient,
+        _ => StoreErrorKind::Unreachable,
+    };
+    StoreError { kind, ..error }
 }
 
 fn migration_error(error: MigrateError) -> StoreError {
@@ -262,106 +351,15 @@ fn migration_error(error: MigrateError) -> StoreError {
     }
 }
 
-fn invalid_url(what: &str) -> StoreError {
-    StoreError::new(StoreErrorKind::Rejected, format!("the store's URL {what}"))
-}
-
-/// The parameters that the driver knows. It would ignore others, and log their values.
-const PARAMETERS: [&str; 18] = [
-    "sslmode",
-    "ssl-mode",
-    "sslrootcert",
-    "ssl-root-cert",
-    "ssl-ca",
-    "sslcert",
-    "ssl-cert",
-    "sslkey",
-    "ssl-key",
-    "statement-cache-capacity",
-    "host",
-    "hostaddr",
-    "port",
-    "dbname",
-    "user",
-    "password",
-    "application_name",
-    "options",
-];
-
-fn check_url(url: &str) -> Result<(), StoreError> {
-    if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-        return Err(invalid_url("must begin with postgres:// or postgresql://"));
-    }
-    let query = url.split_once('?').map_or("", |(_, query)| query);
-    for (position, pair) in query.split('&').filter(|pair| !pair.is_empty()).enumerate() {
-        let name = pair.split('=').next().unwrap_or_default();
-        if !PARAMETERS.contains(&name) && !name.starts_with("options[") && !name.starts_with("options%5B") {
-            // A stray `?` in a password makes its rest look like a parameter, so even the name is not shown.
-            return Err(invalid_url(&format!(
-                "has an unknown parameter, number {} after the `?`",
-                position + 1
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// What is wrong with a URL, without quoting it.
-fn configuration_error(error: &sqlx::Error) -> String {
-    match error {
-        sqlx::Error::Configuration(source) => match source.to_string() {
-            // The driver's own texts quote the value; those of the URL's grammar are fixed sentences.
-            text if text.contains(['"', '`', '\'']) => "a parameter has an unknown value".to_owned(),
-            text => text,
-        },
-        _ => "it is malformed".to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn refusal(url: &str) -> String {
-        let refused = Postgres::new(url, Duration::from_secs(10)).err();
-        refused.expect("the URL is invalid").to_string()
-    }
-
-    #[test]
-    fn an_invalid_url_is_refused_without_repeating_it() {
-        for url in [
-            "secret",
-            "mysql://user:secret@host/db",
-            "postgres://user:secret@host:notaport/db",
-            "postgres://user:secret@host:99999/db",
-            "postgres://user:secret@[::1/db",
-            "postgres://user:%ffsecret@host/db",
-            "postgres://user@host/db?sslmode=secret",
-            "postgres://user@host/db?port=secret",
-            "postgres://user@host/db?pasword=secret",
-            "postgres://user:pass?secret@host/db",
-        ] {
-            let message = refusal(url);
-            assert!(message.starts_with("the store's URL "), "{message}");
-            assert!(!message.contains("secret"), "{message}");
-        }
-    }
-
-    #[test]
-    fn a_valid_url_needs_no_server() {
-        for url in [
-            "postgres://host/db",
-            "postgresql://user:p%40ss@host:5433/db?sslmode=require&options=-csearch_path%3Dtidegate",
-            "postgres:///db?host=/var/run/postgresql&options[search_path]=x",
-        ] {
-            assert!(Postgres::new(url, Duration::from_secs(10)).is_ok(), "{url}");
-        }
-    }
-
     #[test]
     fn the_session_limits_lie_below_the_call_timeout() {
-        let postgres = Postgres::new("postgres://host/db", Duration::from_secs(10)).expect("valid");
-        let options = postgres.dialler.session.get_options().expect("set").to_owned();
+        let postgres = Postgres::new("postgres://host/db", Duration::from_secs(10), Tables::Check).expect("valid");
+        let options = postgres.dialler.session_options().expect("valid");
+        let options = options.get_options().expect("set");
         assert!(options.contains("-c statement_timeout=8000"), "{options}");
         assert!(options.contains("-c lock_timeout=4000"), "{options}");
         assert!(
