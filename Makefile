@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: check format lint test docs layers proto
+.PHONY: check format lint test crash mutants docs layers proto
 
 check: format layers proto lint docs test
 	@echo "check: all is well"
@@ -14,12 +14,26 @@ format:
 lint:
 	@echo "== clippy"
 	@$(CARGO) clippy --quiet --locked --all-targets -- -D warnings
+	@$(CARGO) clippy --quiet --locked --all-targets --features planted-faults -- -D warnings
 
 test:
 	@echo "== test"
 	@ci/deps
 	@$(CARGO) test --quiet --locked --no-fail-fast
+	@KILLS=10 $(CARGO) test --quiet --locked --features planted-faults --test crash
 	@ci/clients
+
+# Kills the real binary under load and judges what it comes back with: KILLS=1000 for longer, SEED=n to repeat the choices of a run.
+crash:
+	@echo "== crash"
+	@ci/deps
+	@$(CARGO) test --quiet --locked --features planted-faults --test crash
+
+# Proves that the proofs can fail: plants bugs, each of which a suite must catch.
+mutants:
+	@echo "== mutants"
+	@ci/deps
+	@ci/mutants
 
 # Those of private items too: whoever changes the crate reads them, and their links must lead somewhere.
 docs:

@@ -11,6 +11,14 @@
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
 //! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it.
 
+/// A place where a test build may be told to kill itself (`planted`); nothing in any other build.
+macro_rules! kill_point {
+    ($name:ident) => {
+        #[cfg(feature = "planted-faults")]
+        $crate::planted::reach($crate::planted::KillPoint::$name);
+    };
+}
+
 pub mod backoff;
 pub mod cache;
 pub mod clock;

@@ -46,7 +46,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Serve (what happens without a command, too)
-    Serve(Flags),
+    Serve(Serving),
     /// Print the effective configuration, secrets masked
     Config(Flags),
     /// Exit 0 if the gateway with this configuration is ready
@@ -64,6 +64,34 @@ enum JournalCommand {
     Repair(Flags),
 }
 
+/// The arguments of `serve`.
+#[derive(clap::Args)]
+struct Serving {
+    #[command(flatten)]
+    flags: Flags,
+    /// A bug to serve with, by its name
+    #[cfg(feature = "planted-faults")]
+    #[arg(long, value_name = "NAME", hide = true)]
+    planted_fault: Option<String>,
+    /// Where to be killed: a point by its name, and at which time of reaching it
+    #[cfg(feature = "planted-faults")]
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    kill_point: Option<String>,
+}
+
+impl Serving {
+    /// Chooses what is planted, before anything runs.
+    #[cfg(feature = "planted-faults")]
+    fn plant(&self) -> Result<(), String> {
+        if let Some(fault) = &self.planted_fault {
+            tidegate::planted::choose(fault)?;
+        }
+        self.kill_point
+            .as_deref()
+            .map_or(Ok(()), tidegate::planted::choose_kill_point)
+    }
+}
+
 fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
@@ -77,9 +105,16 @@ fn main() -> ExitCode {
             };
         }
     };
+    #[cfg(feature = "planted-faults")]
+    if let Some(Command::Serve(serving)) = &arguments.command
+        && let Err(error) = serving.plant()
+    {
+        say(&mut io::stderr(), &format!("tidegate: {error}"));
+        return ExitCode::from(EXIT_USAGE);
+    }
     let done = match arguments.command {
         None => configured(&arguments.flags, serve),
-        Some(Command::Serve(flags)) => configured(&flags, serve),
+        Some(Command::Serve(serving)) => configured(&serving.flags, serve),
         Some(Command::Config(flags)) => configured(&flags, print),
         Some(Command::Health(flags)) => configured(&flags, health),
         Some(Command::Journal(JournalCommand::Inspect(flags))) => configured(&flags, inspect),

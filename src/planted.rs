@@ -1,11 +1,18 @@
-//! Faults that are planted on purpose, to prove that the proofs can fail. Compiled into no build but the one that asks for them.
+//! Faults that are planted on purpose, to prove that the proofs can fail, and points at which the process kills itself. Compiled into no
+//! build but the one that asks for them.
 //!
-//! Owns their names and which one is chosen. Each stands where it does harm, in one line of that place. At most one is chosen in a process,
-//! before anything runs; a test chooses for its own thread.
+//! Owns their names and which are chosen. Each stands in one line of the place where it does harm. At most one fault and one kill point
+//! are chosen in a process, before anything runs; a test chooses a fault for its own thread.
 
 #[cfg(test)]
 use std::cell::Cell;
-use std::sync::OnceLock;
+use std::{
+    process,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 /// A fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,9 +21,79 @@ pub enum Fault {
     AckBeforeSync,
     /// `tail-not-cut`: the journal appends behind a torn tail instead of in its place.
     TailNotCut,
+    /// `no-version-guard`: PostgreSQL's upsert lets an older version replace a newer one.
+    NoVersionGuard,
+    /// `delete-without-tombstone`: a delete leaves no row in PostgreSQL.
+    DeleteWithoutTombstone,
+    /// `batch-dead-lettered`: one row that the store refuses takes its whole batch with it to the dead letters.
+    BatchDeadLettered,
+    /// `checkpoint-before-commit`: the drain releases a write's record in the journal before its COMMIT was answered.
+    CheckpointBeforeCommit,
 }
 
+const FAULTS: [(&str, Fault); 6] = [
+    ("ack-before-sync", Fault::AckBeforeSync),
+    ("tail-not-cut", Fault::TailNotCut),
+    ("no-version-guard", Fault::NoVersionGuard),
+    ("delete-without-tombstone", Fault::DeleteWithoutTombstone),
+    ("batch-dead-lettered", Fault::BatchDeadLettered),
+    ("checkpoint-before-commit", Fault::CheckpointBeforeCommit),
+];
+
+/// A point at which the process may end as abruptly as by SIGKILL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KillPoint {
+    /// `journal-before-write`: a group is gathered, and none of it written.
+    JournalBeforeWrite,
+    /// `journal-before-sync`: a group is written, not synced.
+    JournalBeforeSync,
+    /// `journal-after-sync`: a group is synced, and nobody was told.
+    JournalAfterSync,
+    /// `segment-before-rename`: the next segment is filled and has its header, under the name of a spare.
+    SegmentBeforeRename,
+    /// `segment-renamed`: it has its name, and the directory is not synced.
+    SegmentRenamed,
+    /// `segment-freed`: an old segment has lost its name, and the directory is not synced.
+    SegmentFreed,
+    /// `write-appended`: a write is durable in the journal, and published nowhere.
+    WriteAppended,
+    /// `write-published`: it is in Redis too, and not pending.
+    WritePublished,
+    /// `write-pending`: it is pending too, and its caller was not answered.
+    WritePending,
+    /// `drain-before-commit`: a batch is taken, and not sent to the store.
+    DrainBeforeCommit,
+    /// `drain-committed`: the store has answered, and the batch is still pending.
+    DrainCommitted,
+    /// `recovered`: the journal is read and what it held is pending; the port is closed.
+    Recovered,
+    /// `stop-before-drain`: asked to stop, calls have ended, and the queue begins to drain.
+    StopBeforeDrain,
+    /// `stop-drained`: the drain is over, and the journal was not closed.
+    StopDrained,
+}
+
+const KILL_POINTS: [(&str, KillPoint); 14] = [
+    ("journal-before-write", KillPoint::JournalBeforeWrite),
+    ("journal-before-sync", KillPoint::JournalBeforeSync),
+    ("journal-after-sync", KillPoint::JournalAfterSync),
+    ("segment-before-rename", KillPoint::SegmentBeforeRename),
+    ("segment-renamed", KillPoint::SegmentRenamed),
+    ("segment-freed", KillPoint::SegmentFreed),
+    ("write-appended", KillPoint::WriteAppended),
+    ("write-published", KillPoint::WritePublished),
+    ("write-pending", KillPoint::WritePending),
+    ("drain-before-commit", KillPoint::DrainBeforeCommit),
+    ("drain-committed", KillPoint::DrainCommitted),
+    ("recovered", KillPoint::Recovered),
+    ("stop-before-drain", KillPoint::StopBeforeDrain),
+    ("stop-drained", KillPoint::StopDrained),
+];
+
 static CHOSEN: OnceLock<Fault> = OnceLock::new();
+
+/// The chosen kill point, and how many times it is still to be reached.
+static FATAL: OnceLock<(KillPoint, AtomicU64)> = OnceLock::new();
 
 #[cfg(test)]
 thread_local! {
@@ -34,14 +111,32 @@ pub(crate) fn choose_here(fault: Option<Fault>) {
 /// # Errors
 /// There is none of that name, or one is chosen already.
 pub fn choose(name: &str) -> Result<(), String> {
-    let fault = match name {
-        "ack-before-sync" => Fault::AckBeforeSync,
-        "tail-not-cut" => Fault::TailNotCut,
-        _ => return Err(format!("there is no planted fault of the name {name}")),
-    };
+    let fault = named(&FAULTS, name).ok_or_else(|| format!("there is no planted fault of the name {name}"))?;
     CHOSEN
         .set(fault)
         .map_err(|_| "a planted fault is chosen already".to_owned())
+}
+
+/// Chooses the point at which this process kills itself: `NAME`, or `NAME:N` for the Nth time that it is reached.
+///
+/// # Errors
+/// There is none of that name, N is not a positive number, or one is chosen already.
+pub fn choose_kill_point(text: &str) -> Result<(), String> {
+    let (name, times) = text.split_once(':').unwrap_or((text, "1"));
+    let point = named(&KILL_POINTS, name).ok_or_else(|| format!("there is no kill point of the name {name}"))?;
+    let times: u64 = times.parse().unwrap_or(0);
+    if times == 0 {
+        return Err(format!(
+            "{text}: after the colon stands how many times the point is reached"
+        ));
+    }
+    FATAL
+        .set((point, AtomicU64::new(times)))
+        .map_err(|_| "a kill point is chosen already".to_owned())
+}
+
+fn named<T: Copy>(list: &[(&str, T)], name: &str) -> Option<T> {
+    list.iter().find(|(known, _)| *known == name).map(|(_, it)| *it)
 }
 
 /// Whether this fault is chosen.
@@ -51,4 +146,15 @@ pub(crate) fn is(fault: Fault) -> bool {
         return true;
     }
     CHOSEN.get() == Some(&fault)
+}
+
+/// Ends the process, if this is the chosen kill point and it was reached often enough: at once, with all its threads, and with nothing
+/// written or tidied up, as SIGKILL would.
+pub(crate) fn reach(point: KillPoint) {
+    if let Some((fatal, left)) = FATAL.get()
+        && *fatal == point
+        && left.fetch_sub(1, Ordering::Relaxed) == 1
+    {
+        process::abort();
+    }
 }

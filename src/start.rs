@@ -188,8 +188,10 @@ impl Running {
         self.health.stop().await;
         let calls_finished = self.server.stop(config.calls_wait).await;
         self.queue.close();
+        kill_point!(StopBeforeDrain);
         let left = self.queue.drained(Instant::now() + config.drain_wait).await;
         self.background.stop(TASKS_WAIT).await;
+        kill_point!(StopDrained);
         if let Err(error) = self.queue.close_journal().await {
             tracing::error!(%error, "the journal was not closed in order; the next start reads what is on disk");
         }
@@ -292,6 +294,7 @@ fn assemble(
     tasks.add(loads.start(&tasks.stop));
     let started = Queue::start(&config.queue, queue, &tasks.stop);
     tasks.add(started.workers);
+    kill_point!(Recovered);
     let parts = GatewayParts {
         clock,
         namespaces: Arc::new(config.namespaces()),

@@ -106,6 +106,7 @@ impl Gateway {
         let passage = parts.queue.enter(&draft.key);
         let mut write = draft.stamped(self.stamp(&draft.key, None)?);
         let mut held = parts.queue.append(lane, claim, &write, draft.deadline).await?;
+        kill_point!(WriteAppended);
         // Once it is in the journal, a restart may bring it back.
         let journaled = held.is_journaled();
         let given_up = |error: Error| if journaled { error.unknown() } else { error };
@@ -132,6 +133,7 @@ impl Gateway {
             held = appended.map_err(given_up)?;
             copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         }
+        kill_point!(WritePublished);
         let durability = if held.is_journaled() {
             Durability::Journal
         } else {
@@ -147,6 +149,7 @@ impl Gateway {
         if let Some(stale) = standing.filter(|standing| *standing < version || (*standing == version && !pending)) {
             parts.memory.drop_version(&key, stale);
         }
+        kill_point!(WritePending);
         Ok(Written { version, durability })
     }
 

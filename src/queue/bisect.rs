@@ -94,6 +94,13 @@ impl Bisection {
         suspected
     }
 
+    /// That part was rejected: all of it is to blame.
+    #[cfg(feature = "planted-faults")]
+    pub(super) fn condemn(&mut self, error: &StoreError) {
+        let part = self.parts.pop_front().unwrap_or_default();
+        self.condemned.extend(part.map(|row| (row, error.clone())));
+    }
+
     /// The error of a suspect, where the table is held to refuse every row.
     pub(super) fn table_refusal(&self) -> Option<StoreError> {
         let enough = self.parts.is_empty() || self.suspects.len() >= SUSPECTS_MAX;

@@ -219,6 +219,11 @@ impl Worker {
                     continue;
                 }
                 Err(error) if error.kind != StoreErrorKind::Rejected => return Err(error),
+                #[cfg(feature = "planted-faults")]
+                Err(error) if crate::planted::is(crate::planted::Fault::BatchDeadLettered) => {
+                    batch.condemn(&error);
+                    continue;
+                }
                 Err(_) if part.len() > 1 => {
                     batch.halve();
                     continue;
@@ -240,8 +245,12 @@ impl Worker {
     }
 
     async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
+        #[cfg(feature = "planted-faults")]
+        super::planted::checkpoint(self.shard(), writes);
+        kill_point!(DrainBeforeCommit);
         let started = Instant::now();
         let result = self.session.commit(writes).await;
+        kill_point!(DrainCommitted);
         self.metrics.commit_duration.observe(started.elapsed().as_secs_f64());
         self.metrics.commit_batch.observe(writes.len() as f64);
         result

@@ -17,6 +17,8 @@ mod config;
 mod drain;
 pub mod journal;
 mod pending;
+#[cfg(feature = "planted-faults")]
+mod planted;
 #[cfg(test)]
 mod tests;
 

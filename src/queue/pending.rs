@@ -326,6 +326,13 @@ impl<P: Payload> Pending<P> {
         self.slots.get(key).map(|slot| &slot.payload)
     }
 
+    /// The same to change it, if this version is the newest of its key.
+    #[cfg(feature = "planted-faults")]
+    pub(super) fn payload_of(&mut self, key: &Key, version: Version) -> Option<&mut P> {
+        let newest = self.slots.get_mut(key).filter(|slot| slot.entry.version == version);
+        newest.map(|slot| &mut slot.payload)
+    }
+
     /// When the oldest write that is here, in flight or not, was accepted.
     pub(super) fn oldest(&self) -> Option<Timestamp> {
         self.admissions.first().map(|(admitted, _)| *admitted)

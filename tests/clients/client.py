@@ -47,7 +47,7 @@ def refused(call, request, code):
 def round_trips(pb, gateway):
     through, behind = pb.WRITE_MODE_THROUGH, pb.WRITE_MODE_BEHIND
     values = {"empty": b"", "bytes": bytes(range(256)), "large": b"x" * 1024 * 1024, "ключ 🔑": "значение".encode()}
-    for mode, durability in ((through, pb.DURABILITY_STORE), (behind, pb.DURABILITY_MEMORY)):
+    for mode, durability in ((through, pb.DURABILITY_STORE), (behind, pb.DURABILITY_JOURNAL)):
         last = 0
         for key, value in values.items():
             name = {"namespace": "python", "key": key}

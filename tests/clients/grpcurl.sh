@@ -47,7 +47,7 @@ expect '"status":"SERVING"' "$(call grpc.health.v1.Health/Check '{"service":"tid
 refuse NotFound service grpc.health.v1.Health/Check '{"service":"nobody"}'
 
 for mode in WRITE_MODE_THROUGH WRITE_MODE_BEHIND WRITE_MODE_UNSPECIFIED; do
-    case $mode in WRITE_MODE_BEHIND) durability=DURABILITY_MEMORY ;; *) durability=DURABILITY_STORE ;; esac
+    case $mode in WRITE_MODE_BEHIND) durability=DURABILITY_JOURNAL ;; *) durability=DURABILITY_STORE ;; esac
     key="\"namespace\":\"grpcurl\",\"key\":\"$mode\""
     value=$(encoded "value of $mode")
     expect "\"durability\":\"$durability\"" "$(call $gateway/Put "{$key,\"value\":\"$value\",\"write_mode\":\"$mode\"}")"

@@ -366,6 +366,24 @@ async fn a_journal_in_use_is_read_and_nothing_else() {
     assert_eq!(readable(&gateway).await.len(), WRITES);
 }
 
+/// Mounted beside nothing: the first file of the journal does not fit.
+#[tokio::test]
+async fn a_disk_too_small_for_a_journal_ends_the_start() {
+    let directory = Directory::new("gateway");
+    let data = data_dir(&directory);
+    fs::create_dir_all(data.join("journal")).unwrap();
+    let disk = Disk::mount(&data.join("journal"), 512 << 10);
+    for _ in 0..2 {
+        let exit = setup().run_to_end_in(&directory).await;
+        assert_refused(&exit, 69, &["journal", "storage"]);
+    }
+    // With more room it is as if nothing had been.
+    drop(disk);
+    let gateway = setup().start_in(directory).await;
+    let put = gateway.client.put("key", b"value", Mode::Behind).await;
+    put.expect("there is room");
+}
+
 /// A second gateway on the data of one that runs.
 async fn journal_command_serve(directory: &Directory) -> Output {
     let data = data_dir(directory);

@@ -257,7 +257,9 @@ impl Segments {
             }
             written => written?,
         }
+        kill_point!(SegmentBeforeRename);
         self.fs.rename(&filling.name, &segment_name(header.id))?;
+        kill_point!(SegmentRenamed);
         self.fs.sync_dir()?;
         self.next_id += 1;
         self.ready
@@ -285,6 +287,7 @@ impl Segments {
         } else {
             self.fs.remove(&name)?;
         }
+        kill_point!(SegmentFreed);
         // Before anything is written to it under its new name, and before the next one is freed.
         self.fs.sync_dir()?;
         Ok(true)

@@ -197,7 +197,9 @@ impl Writer {
             return Err(io::Error::other("there is no place for what was gathered"));
         };
         header.seal(active.header.mark, &mut gathered.buffer);
+        kill_point!(JournalBeforeWrite);
         active.file.write_all_at(&gathered.buffer, active.end)?;
+        kill_point!(JournalBeforeSync);
         #[cfg(feature = "planted-faults")]
         if crate::planted::is(crate::planted::Fault::AckBeforeSync) {
             self.shared.synced(header.sequence);
@@ -206,6 +208,7 @@ impl Writer {
         active.file.sync()?;
         let metrics = &self.shared.metrics;
         metrics.sync_duration.observe(started.elapsed().as_secs_f64());
+        kill_point!(JournalAfterSync);
         active.end += bytes;
         self.told = low;
         self.shared.synced(header.sequence);

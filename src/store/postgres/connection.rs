@@ -166,7 +166,10 @@ async fn commit(session: &mut PgConnection, writes: &[Write]) -> Result<Vec<Comm
     if writes.is_empty() {
         return Ok(Vec::new());
     }
-    let rows = sqlx::query(UPSERT)
+    let upsert = sqlx::query(UPSERT);
+    #[cfg(feature = "planted-faults")]
+    let upsert = super::planted::or_unguarded(upsert);
+    let rows = upsert
         .bind(writes.iter().map(|write| write.key.namespace()).bind_iter())
         .bind(writes.iter().map(|write| write.key.key()).bind_iter())
         .bind(writes.iter().map(|write| write.entry.version.get()).bind_iter())
@@ -179,6 +182,8 @@ async fn commit(session: &mut PgConnection, writes: &[Write]) -> Result<Vec<Comm
         )
         .fetch_all(&mut *session)
         .await?;
+    #[cfg(feature = "planted-faults")]
+    super::planted::forget_tombstones(session, writes).await?;
     if rows.len() == writes.len() {
         return Ok(vec![Committed::Applied; writes.len()]);
     }

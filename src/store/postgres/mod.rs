@@ -12,6 +12,8 @@
 mod collect;
 mod connection;
 mod failure;
+#[cfg(feature = "planted-faults")]
+mod planted;
 mod preparation;
 mod statements;
 mod time;

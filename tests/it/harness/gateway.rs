@@ -3,7 +3,7 @@
 //! Owns starting it with a configuration, its log, its signals and its end. When a test fails, its log is printed with the failure.
 
 use std::{
-    fs,
+    env, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
@@ -73,34 +73,55 @@ impl Setup {
 
     /// Starts the gateway on what an earlier one left in its directory, and waits until it serves.
     pub async fn start_in(self, directory: Directory) -> Gateway {
-        let mut process = self.run(&directory);
-        let (address, operations) = eventually("the gateway serves", SOON, async || {
+        let started = self.try_start_in(&directory).await;
+        let mut gateway = started.unwrap_or_else(|Exit { code, log }| {
+            panic!("the gateway ended with {code:?} instead of serving; it said:\n{log}")
+        });
+        gateway.directory = Some(directory);
+        if self.redis {
+            gateway.linked_to_redis().await;
+        }
+        gateway
+    }
+
+    /// Starts the gateway in a directory that outlives it, and waits until it serves, or ends instead. Redis may be down.
+    pub async fn try_start_in(&self, directory: &Directory) -> Result<Gateway, Exit> {
+        let mut process = self.run(directory);
+        let served = eventually("the gateway serves", SOON, async || {
             let log = process.stderr();
-            if let Some(status) = process.ended() {
-                panic!("the gateway ended with {status} instead of serving; it said:\n{log}");
+            match serving(&log) {
+                Some(addresses) => Ok(Some(addresses)),
+                None if process.ended().is_some() => Ok(None),
+                None => Err(log),
             }
-            serving(&log).ok_or(log)
         })
         .await;
-        let channel = Endpoint::from_shared(format!("http://{address}"))
-            .expect("an address makes a URL")
-            .connect()
-            .await
-            .expect("a gateway that serves accepts a connection");
-        let redis = self.redis;
-        let gateway = Gateway {
+        let connected = match served {
+            Some((address, operations)) => {
+                let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address makes a URL");
+                // It may have ended since.
+                endpoint
+                    .connect()
+                    .await
+                    .ok()
+                    .map(|channel| (address, operations, channel))
+            }
+            None => None,
+        };
+        let Some((address, operations, channel)) = connected else {
+            let code = process.wait(SOON).await.code();
+            let log = process.stderr();
+            return Err(Exit { code, log });
+        };
+        Ok(Gateway {
             client: Client::new(channel.clone()),
             address,
             operations,
             channel,
             process,
-            setup: self,
-            directory: Some(directory),
-        };
-        if redis {
-            gateway.linked_to_redis().await;
-        }
-        gateway
+            setup: self.clone(),
+            directory: None,
+        })
     }
 
     /// Starts a gateway that is expected to end by itself, and waits for that.
@@ -136,6 +157,10 @@ impl Setup {
             command.args(["--listen", "127.0.0.1:0"]);
         }
         command.args(&self.arguments).current_dir(path);
+        // A build that holds planted faults is to serve with one of them: the tests must fail.
+        if let Some(fault) = env::var_os("PLANTED_FAULT") {
+            command.arg("--planted-fault").arg(fault);
+        }
         Process::start("the gateway", &command, "KILL", path, "gateway")
     }
 }
