@@ -13,7 +13,7 @@ use tokio::{
     net::TcpListener,
     sync::mpsc,
     task::{JoinError, JoinHandle, JoinSet},
-    time::Instant,
+    time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +41,9 @@ use crate::{
 
 /// How long background tasks may take to end once nothing waits for them: the node id is given back then.
 const TASKS_WAIT: Duration = Duration::from_secs(3);
+
+/// How long the journal may take to note on disk what has left it: a courtesy to the next start.
+const JOURNAL_WAIT: Duration = Duration::from_secs(3);
 
 /// How many notices of the queue are passed on to Redis at a time.
 const NOTICES_AT_A_TIME: usize = 64;
@@ -192,8 +195,12 @@ impl Running {
         let left = self.queue.drained(Instant::now() + config.drain_wait).await;
         self.background.stop(TASKS_WAIT).await;
         kill_point!(StopDrained);
-        if let Err(error) = self.queue.close_journal().await {
-            tracing::error!(%error, "the journal was not closed in order; the next start reads what is on disk");
+        match timeout(JOURNAL_WAIT, self.queue.close_journal()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the journal was not closed in order; the next start reads what is on disk")
+            }
+            Err(_) => tracing::error!("the journal's disk does not answer; the next start reads what is on it"),
         }
         let seconds = started.elapsed().as_secs_f64();
         let Left { entries, bytes, lost } = left;
@@ -226,7 +233,7 @@ impl Background {
     /// Stops the background's tasks, and waits until they have ended or `grace` is over.
     pub async fn stop(mut self, grace: Duration) {
         self.stop.cancel();
-        let ended = tokio::time::timeout(grace, async { while self.tasks.join_next().await.is_some() {} });
+        let ended = timeout(grace, async { while self.tasks.join_next().await.is_some() {} });
         if ended.await.is_err() {
             tracing::warn!("background tasks did not end in time");
         }

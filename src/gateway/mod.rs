@@ -220,11 +220,15 @@ impl Gateway {
     }
 
     /// Offers a write that an earlier process had accepted to Redis, now that the store has it; then it leaves the queue. Until then this
-    /// replica's reads see it there, and not what is older in Redis.
+    /// replica's reads see it there, and not what is older in Redis; where Redis does not answer, L1 remembers that.
     async fn publish_recovered(&self, write: &Write) {
-        let copy = self.copy_of(&write.key, Some(write.entry.clone()), self.parts().clock.now());
-        let _standing = self.publish(write, &copy).await;
-        self.parts().queue.published(&write.key, write.entry.version);
+        let (key, version) = (&write.key, write.entry.version);
+        let copy = self.copy_of(key, Some(write.entry.clone()), self.parts().clock.now());
+        let standing = self.publish(write, &copy).await;
+        if standing.is_none_or(|standing| standing <= version) {
+            self.land_in_memory(key, copy);
+        }
+        self.parts().queue.published(key, version);
     }
 
     /// Waits until the tasks that outlive their calls have ended. No call may begin any more.
@@ -263,5 +267,11 @@ impl Gateway {
 }
 
 fn died(error: JoinError) -> Error {
+    if error.is_cancelled() {
+        return Error::new(
+            ErrorKind::Unavailable,
+            "the gateway was stopped in the middle of the call",
+        );
+    }
     Error::new(ErrorKind::Internal, "the gateway failed in the middle of the call").because(error)
 }

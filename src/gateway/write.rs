@@ -169,8 +169,8 @@ impl Gateway {
         landing.await.ok()
     }
 
-    /// The last step of a write-through: from here on a load that began before it cannot land.
-    fn land_in_memory(&self, key: &Key, copy: Copy) {
+    /// The last step of a write-through, and of a recovered write: from here on a load that began before it cannot land.
+    pub(super) fn land_in_memory(&self, key: &Key, copy: Copy) {
         let parts = self.parts();
         parts.flights.detach(key);
         parts.memory.land(key, copy);

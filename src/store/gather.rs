@@ -90,7 +90,7 @@ impl<Q, R> Gatherer<Q, R> {
     ///
     /// # Errors
     /// `Overloaded` when the line is full; `Unavailable` while the breaker is open or when it opens before the question is taken,
-    /// and when the line is closed; `Timeout` at the deadline; `Internal` when the worker died; else what the worker answers.
+    /// and when the line is closed; `Timeout` at the deadline; `Unavailable`, too, when the worker ended; else what the worker answers.
     pub(super) async fn ask(
         &self,
         question: Q,
@@ -192,7 +192,11 @@ impl<Q, R> Gatherer<Q, R> {
 
     fn answered(&self, answered: Result<Result<R, Error>, oneshot::error::RecvError>) -> Result<R, Error> {
         answered.unwrap_or_else(|_| {
-            let error = Error::new(ErrorKind::Internal, "the task that served this call has died");
+            // It ends only with the process, in order or not.
+            let error = Error::new(
+                ErrorKind::Unavailable,
+                "the gateway was stopped in the middle of the call",
+            );
             Err(self.after_taking(error))
         })
     }
@@ -332,7 +336,10 @@ mod tests {
         assert_eq!(waiting(&line), (0, 0));
         drop(late);
         let error = taken.await.expect("no panic").expect_err("its worker died");
-        assert_eq!((error.kind(), error.outcome()), (ErrorKind::Internal, Outcome::Unknown));
+        assert_eq!(
+            (error.kind(), error.outcome()),
+            (ErrorKind::Unavailable, Outcome::Unknown)
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -374,7 +381,10 @@ mod tests {
         assert_eq!(batch.iter().map(|(question, _)| *question).collect::<Vec<_>>(), [1, 2]);
         drop(batch);
         let error = told.await.expect("no panic").expect_err("the worker is gone");
-        assert_eq!((error.kind(), error.outcome()), (ErrorKind::Internal, Outcome::Unknown));
+        assert_eq!(
+            (error.kind(), error.outcome()),
+            (ErrorKind::Unavailable, Outcome::Unknown)
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -23,7 +23,7 @@ use tonic_types::StatusExt;
 use crate::{
     harness::{Client, Gateway, Mode, SOON},
     ledger::{Asked, Floor, Key, Ledger, NAMESPACES, Seen, TTL_MILLIS},
-    plan::{End, Plan},
+    plan::Plan,
 };
 
 const WRITERS: u64 = 16;
@@ -50,8 +50,6 @@ struct Caller {
     ledger: Arc<Mutex<Ledger>>,
     stop: CancellationToken,
     namespaces: Range<usize>,
-    /// Whether the gateway may break calls off and say so.
-    broken_off: bool,
 }
 
 impl Load {
@@ -67,7 +65,6 @@ impl Load {
                 ledger: Arc::clone(ledger),
                 stop: stop.clone(),
                 namespaces: plan.namespaces.clone(),
-                broken_off: plan.end == End::TerminateTwice,
             };
             let rng = StdRng::seed_from_u64(plan.seed.wrapping_mul(31).wrapping_add(number));
             if number < WRITERS {
@@ -181,7 +178,6 @@ impl Caller {
         }
         match status.code() {
             Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded => {}
-            Code::Internal if self.broken_off => {}
             code => ledger.complain_at(Some(key), format!("a call failed with {code:?}: {}", status.message())),
         }
         true

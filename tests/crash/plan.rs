@@ -102,7 +102,7 @@ impl Planner {
             seed: rng.random(),
             namespaces: namespaces(rng.random_range(0..8)),
             load: millis(rng, 50..700),
-            outage: (rng.random_range(0..5) < 2).then(|| Outage {
+            outage: rng.random::<bool>().then(|| Outage {
                 how: if rng.random() { Stop::Fast } else { Stop::Immediate },
                 lasts: match rng.random_range(0..8) {
                     // All that was delayed falls due, and is tried in vain.

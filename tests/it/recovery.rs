@@ -465,7 +465,7 @@ async fn a_start_that_fails_leaves_everything_in_the_journal() {
     let directory = gateway.leave();
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    for _ in 0..5 {
+    for _ in 0..3 {
         let failing = setup.clone().argument("--listen").argument(&address);
         let exit = failing.run_to_end_in(&directory).await;
         assert_eq!(exit.code, Some(69), "{exit:?}");

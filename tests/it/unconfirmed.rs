@@ -185,6 +185,41 @@ async fn assert_none_is_shared(redis: &redis_server::Server, writes: &[(&str, Op
     }
 }
 
+/// Redis is away while the store takes what is recovered, and comes back with an older copy, as after a failover.
+#[tokio::test]
+async fn what_cannot_be_shared_when_it_is_confirmed_is_not_hidden_by_what_redis_holds() {
+    let (database, mut redis) = (Database::postgres().await, redis_server::start().await);
+    let mut gateway = Setup::new().store(database.url()).redis(&redis.url()).start().await;
+    gateway.client.put("k", b"older", Mode::Through).await.unwrap();
+    let older: Vec<u8> = cmd("GET")
+        .arg("tidegate:orders:k")
+        .query_async(&mut redis.connect().await)
+        .await
+        .unwrap();
+    let hold = database.hold_writes().await;
+    gateway.client.put("k", b"newer", Mode::Behind).await.unwrap();
+    gateway.kill().await;
+    let gateway = gateway.start_again().await;
+    redis.stop().await;
+    hold.release().await;
+    gateway.drained().await;
+    redis.start_again().await;
+    for key in ["k", "probe"] {
+        cmd("SET")
+            .arg(format!("tidegate:orders:{key}"))
+            .arg(&older)
+            .exec_async(&mut redis.connect().await)
+            .await
+            .unwrap();
+    }
+    eventually("Redis answers this gateway again", SOON, async || {
+        let read = gateway.client.get("probe", ReadConsistency::Shared).await.unwrap();
+        expect(read.source() == Source::L2, read)
+    })
+    .await;
+    gateway.client.assert_everywhere("k", Some(b"newer")).await;
+}
+
 /// A write is recovered that is older than a delete whose tombstone has been collected since: nobody but the horizon knows.
 #[tokio::test]
 async fn what_was_deleted_and_collected_meanwhile_does_not_come_back() {

@@ -278,3 +278,35 @@ async fn a_full_journal_is_a_full_queue() {
     // What rests on memory needs none of it.
     assert!(!rig.write("m", 1, BehindDurability::Memory).await);
 }
+
+#[tokio::test]
+async fn when_the_journal_has_failed_what_rests_on_memory_goes_on() {
+    let disk = SimFs::default();
+    let rig = rig_of(&disk);
+    let before = rig.claim("j", BehindDurability::Journal).await;
+    disk.set_faults(Faults {
+        fail_at: Some(1),
+        for_ever: true,
+        ..Faults::default()
+    });
+    let (lane, write) = (rig.queue.lane(), write("j", 1));
+    let failed = rig.queue.append(&lane, before, &write, soon()).await;
+    assert_eq!(failed.expect_err("the disk fails").outcome(), Outcome::Unknown);
+    assert_eq!(rig.queue.journal_state(), State::Failed);
+    let key = key("j");
+    for full in [QueueFull::Wait, QueueFull::Reject, QueueFull::WriteThrough] {
+        let refused = rig
+            .queue
+            .admit(&key, None, BehindDurability::Journal, full, soon())
+            .await;
+        let refused = refused.expect_err("it takes nothing more");
+        assert_eq!(
+            (refused.kind(), refused.outcome()),
+            (ErrorKind::Unavailable, Outcome::NotApplied)
+        );
+    }
+    assert!(!rig.write("m", 2, BehindDurability::Memory).await);
+    rig.free();
+    rig.empty().await;
+    assert_eq!((rig.standing("m"), rig.standing("j")), (Some(2), None));
+}
