@@ -10,8 +10,6 @@ COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto proto
 COPY migrations migrations
 COPY src src
-# Cargo.toml names the test binary; its sources are not needed for the release.
-COPY tests/it/main.rs tests/it/main.rs
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/build/target \
     cargo build --release --locked --bin tidegate \

@@ -58,7 +58,7 @@ enum Command {
 
 #[derive(Subcommand)]
 enum JournalCommand {
-    /// Say what lies in it; exit 65 if a start would refuse it
+    /// Say what lies in it; exit as a start would, 65 if it would refuse that
     Inspect(Flags),
     /// Make one that a start refuses fit again: keep what can be read, set the old files aside; no gateway may run on it
     Repair(Flags),
@@ -132,9 +132,15 @@ fn code(error: &anyhow::Error) -> u8 {
         StartError::Journal(error) => Some(error),
         _ => None,
     });
-    match started.unwrap_or_else(|| error.downcast_ref::<JournalError>()) {
-        Some(error) if error.is_of_content() => EXIT_DATA,
-        _ => EXIT_UNAVAILABLE,
+    let journal = started.unwrap_or_else(|| error.downcast_ref::<JournalError>());
+    journal.map_or(EXIT_UNAVAILABLE, journal_code)
+}
+
+fn journal_code(error: &JournalError) -> u8 {
+    if error.is_of_content() {
+        EXIT_DATA
+    } else {
+        EXIT_UNAVAILABLE
     }
 }
 
@@ -166,18 +172,24 @@ fn health(config: &Config) -> anyhow::Result<ExitCode> {
 
 fn inspect(config: &Config) -> anyhow::Result<ExitCode> {
     let path = config.journal_dir();
-    let fs = DiskFs::to_read(&path).with_context(|| format!("there is no journal {}", path.display()))?;
+    let fs = DiskFs::to_read(&path).map_err(|why| JournalError::Unusable {
+        path: path.display().to_string(),
+        why,
+    })?;
     let inspection = inspect::inspect(&fs)?;
     say(&mut io::stdout(), &inspection.to_string());
-    Ok(match inspection.refusal {
+    Ok(match &inspection.refusal {
         None => ExitCode::SUCCESS,
-        Some(_) => ExitCode::from(EXIT_DATA),
+        Some(refusal) => ExitCode::from(journal_code(refusal)),
     })
 }
 
 fn repair(config: &Config) -> anyhow::Result<ExitCode> {
     let path = config.journal_dir();
-    let fs = DiskFs::existing(&path).with_context(|| format!("there is no journal {}", path.display()))?;
+    let fs = DiskFs::existing(&path).map_err(|why| JournalError::Unusable {
+        path: path.display().to_string(),
+        why,
+    })?;
     let repair = inspect::repair(Arc::new(fs), &config.journal)?;
     say(&mut io::stdout(), &repair.to_string());
     Ok(ExitCode::SUCCESS)

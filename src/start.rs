@@ -268,9 +268,9 @@ impl Tasks {
 async fn open_journal(config: &Config, metrics: &Metrics) -> Result<(Journal, Recovered), StartError> {
     let (path, config, metrics) = (config.journal_dir(), config.journal.clone(), metrics.journal.clone());
     let opening = tokio::task::spawn_blocking(move || {
-        let fs = DiskFs::create(&path).map_err(|source| JournalError::Unusable {
+        let fs = DiskFs::create(&path).map_err(|why| JournalError::Unusable {
             path: path.display().to_string(),
-            source,
+            why,
         })?;
         Journal::open(Arc::new(fs), &config, metrics)
     });
@@ -278,7 +278,7 @@ async fn open_journal(config: &Config, metrics: &Metrics) -> Result<(Journal, Re
     if !recovered.writes.is_empty() {
         tracing::info!(
             writes = recovered.writes.len(),
-            bytes = recovered.bytes,
+            journal_bytes = recovered.bytes,
             seconds = recovered.took.as_secs_f64(),
             "recovered accepted writes from the journal"
         );

@@ -235,8 +235,10 @@ impl Config {
             .value_bytes_max
             .saturating_add(NAMESPACE_BYTES_MAX + KEY_BYTES_MAX);
         if longest > self.journal.write_bytes_max() {
-            let reason =
-                "must be at least eight times rpc.value_bytes_max and some, or the longest write would not fit";
+            let reason = format!(
+                "is too small for rpc.value_bytes_max: the longest write has {longest} bytes, and a segment takes writes of up to {}",
+                self.journal.write_bytes_max()
+            );
             return in_section("journal", Err(Unfit::new("segment_bytes", reason)));
         }
         let delays = self.namespaces.values().chain([&self.namespace_defaults]);

@@ -220,12 +220,14 @@ impl Gateway {
     }
 
     /// Offers a write that an earlier process had accepted to Redis, now that the store has it; then it leaves the queue. Until then this
-    /// replica's reads see it there, and not what is older in Redis; where Redis does not answer, L1 remembers that.
+    /// replica's reads see it there, and not what is older in Redis; and afterwards, where Redis could not be told, by what L1 knows.
     async fn publish_recovered(&self, write: &Write) {
         let (key, version) = (&write.key, write.entry.version);
         let copy = self.copy_of(key, Some(write.entry.clone()), self.parts().clock.now());
         let standing = self.publish(write, &copy).await;
-        if standing.is_none_or(|standing| standing <= version) {
+        let pending = self.parts().queue.pending(key);
+        // Not late: one that a newer write has replaced meanwhile could land where that was evicted.
+        if standing.is_none() && pending.is_some_and(|pending| pending.entry.version == version) {
             self.land_in_memory(key, copy);
         }
         self.parts().queue.published(key, version);

@@ -169,7 +169,7 @@ impl Gateway {
         landing.await.ok()
     }
 
-    /// The last step of a write-through, and of a recovered write: from here on a load that began before it cannot land.
+    /// The last step of a write that the store has: from here on a load that began before it cannot land.
     pub(super) fn land_in_memory(&self, key: &Key, copy: Copy) {
         let parts = self.parts();
         parts.flights.detach(key);

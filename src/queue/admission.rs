@@ -5,11 +5,14 @@
 //! journal's). Both give back their room when dropped; a record in the journal is released in so many words only, for whatever is dropped
 //! because the process gives up must come back with the next start.
 
+use std::mem;
+
 use super::{
     budget::Permit,
     journal::{Record, Room},
     pending::Payload,
 };
+use crate::model::Version;
 
 /// The answer to a write that asks for room.
 #[derive(Debug)]
@@ -33,29 +36,37 @@ pub struct Claim {
 #[must_use = "what is not released is recovered by the next start"]
 pub struct Held {
     pub(super) permit: Permit,
-    /// Of the write itself, or of an older one of its key that one rests on, which memory alone must not make vanish.
-    pub(super) record: Option<Record>,
+    /// With the version that it is of: the write's own, or that of the newest one of its key that the write, resting on memory, covers
+    /// and must not make vanish.
+    pub(super) record: Option<(Version, Record)>,
 }
 
 impl Held {
-    /// Whether the write is in the journal.
+    /// Whether the write is in the journal, or covers one that is.
     pub fn is_journaled(&self) -> bool {
         self.record.is_some()
     }
 
+    /// Whether this version is in the journal.
+    pub(super) fn has_journaled(&self, version: Version) -> bool {
+        self.record.as_ref().is_some_and(|(journaled, _)| *journaled == version)
+    }
+
     /// Gives all of it back: the write is in the store, or superseded, or was never answered. A restart need not bring it back.
     pub fn release(self) {
-        if let Some(record) = self.record {
+        if let Some((_, record)) = self.record {
             record.release();
         }
     }
 }
 
 impl Payload for Held {
-    /// An acknowledged write that rests on the journal comes back after a crash even where one that rests on memory had covered it.
+    /// An acknowledged write that rests on the journal comes back after a crash even where one that rests on memory had covered it: of
+    /// all that one did, the newest.
     fn inherit(&mut self, from: &mut Held) {
-        if self.record.is_none() {
-            self.record = from.record.take();
+        let version = |held: &Held| held.record.as_ref().map(|(version, _)| *version);
+        if version(self) < version(from) {
+            mem::swap(&mut self.record, &mut from.record);
         }
     }
 }

@@ -276,6 +276,10 @@ impl Worker {
                             left.push(pending.lose(key, version));
                             notices.push(dropped(write, DropReason::Superseded { standing }));
                         }
+                        // What a delete asks for is so already.
+                        Committed::BelowHorizon { .. } if write.entry.value.is_none() => {
+                            left.push(pending.lose(key, version));
+                        }
                         Committed::BelowHorizon { horizon } => {
                             late.push(DeadLetter::below_horizon(write.clone(), horizon));
                         }

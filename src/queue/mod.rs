@@ -325,7 +325,10 @@ impl Queue {
     pub async fn append(&self, lane: &Lane, claim: Claim, write: &Write, deadline: Instant) -> Result<Held, Error> {
         let Claim { permit, room } = claim;
         let record = match room {
-            Some(room) => Some(self.shared.journal.append(lane, room, write, deadline).await?),
+            Some(room) => {
+                let record = self.shared.journal.append(lane, room, write, deadline).await?;
+                Some((write.entry.version, record))
+            }
             None => None,
         };
         Ok(Held { permit, record })
@@ -339,7 +342,7 @@ impl Queue {
     pub async fn append_anew(&self, lane: &Lane, held: Held, write: &Write, deadline: Instant) -> Result<Held, Error> {
         let Held { permit, record } = held;
         // First, or those who wait for room could all hold what the others wait for.
-        let Some(record) = record else {
+        let Some((_, record)) = record else {
             return Ok(Held { permit, record });
         };
         record.release();
@@ -441,7 +444,8 @@ impl Queue {
         let (entries, bytes) = self.shared.budget.claimed();
         let in_memory = |shard: &Shard| {
             let pending = shard.pending.lock();
-            pending.payloads().filter(|held| !held.is_journaled()).count()
+            let payloads = pending.payloads();
+            payloads.filter(|(version, held)| !held.has_journaled(*version)).count()
         };
         let lost = self.shared.shards.iter().map(in_memory).sum();
         Left { entries, bytes, lost }
@@ -500,7 +504,7 @@ impl Shared {
     fn restore(&self, write: Write, record: Record) {
         let held = Held {
             permit: self.budget.overdraw(write.weight()),
-            record: Some(record),
+            record: Some((write.entry.version, record)),
         };
         let now = self.clock.now();
         // The journal gives one write of each key, so nothing is refused.

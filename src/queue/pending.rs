@@ -18,7 +18,7 @@ use crate::model::{Entry, Key, Timestamp, Version, Write};
 
 /// What a write holds for as long as it is pending.
 pub(super) trait Payload {
-    /// Takes from another write of the same key, which leaves, what must outlive it and this one lacks.
+    /// Takes from another write of the same key, which leaves, what must outlive it; leaves there what need not.
     fn inherit(&mut self, from: &mut Self);
 }
 
@@ -316,9 +316,9 @@ impl<P: Payload> Pending<P> {
         })
     }
 
-    /// What the pending writes hold.
-    pub(super) fn payloads(&self) -> impl Iterator<Item = &P> {
-        self.slots.values().map(|slot| &slot.payload)
+    /// The version of each pending write, and what it holds.
+    pub(super) fn payloads(&self) -> impl Iterator<Item = (Version, &P)> {
+        self.slots.values().map(|slot| (slot.entry.version, &slot.payload))
     }
 
     /// What the pending write of a key holds.

@@ -2,7 +2,7 @@
 //!
 //! Owns nothing but harm. Each does nothing unless it is the chosen one.
 
-use super::{Shard, journal::Record};
+use super::Shard;
 use crate::{
     model::Write,
     planted::{self, Fault},
@@ -14,7 +14,7 @@ pub(super) fn checkpoint(shard: &Shard, writes: &[Write]) {
         let mut pending = shard.pending.lock();
         for write in writes {
             if let Some(held) = pending.payload_of(&write.key, write.entry.version) {
-                held.record.take().into_iter().for_each(Record::release);
+                held.record.take().into_iter().for_each(|(_, record)| record.release());
             }
         }
     }

@@ -465,6 +465,11 @@ async fn what_comes_too_late_is_buried_alone_and_reported() {
     for (name, version) in [("fresh", 11), ("known", 4), ("late", 10)] {
         rig.put(name, version);
     }
+    // A delete that finds nothing has nothing to do, however late it is.
+    let mut deleted = write("deleted", 9);
+    deleted.entry.value = None;
+    let (passage, held) = (rig.queue.enter(&deleted.key), rig.held(&deleted));
+    rig.queue.accept(deleted, held, passage, Duration::ZERO);
     release.notify_one();
     rig.empty().await;
     assert_eq!(rig.dead(), BTreeSet::from(["hanging".to_owned(), "late".to_owned()]));

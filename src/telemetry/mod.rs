@@ -261,7 +261,7 @@ impl QueueMetrics {
         );
         registry.register(
             "queue_full_writes",
-            "Writes that found the queue full",
+            "Writes that found the queue or the journal full",
             metrics.full.clone(),
         );
         metrics

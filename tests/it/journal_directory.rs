@@ -96,6 +96,7 @@ fn assert_refused(exit: &Exit, code: i32, words: &[&str]) {
     assert_eq!(exit.code, Some(code), "{exit:?}");
     assert_eq!(exit.log.lines().count(), 1, "{exit:?}");
     assert!(exit.log.starts_with("tidegate: "), "{exit:?}");
+    assert!(exit.log.matches("os error").count() <= 1, "said twice: {exit:?}");
     for word in words {
         assert!(exit.log.contains(word), "{word}: {exit:?}");
     }
@@ -153,6 +154,25 @@ const CASES: &[Case] = &[
             "tidegate journal repair",
         ],
         repairable: true,
+        whole: true,
+    },
+    Case {
+        name: "a damaged header",
+        damage: |journal, segments| {
+            let file = fs::OpenOptions::new()
+                .write(true)
+                .open(journal.join(&segments[1]))
+                .unwrap();
+            file.write_all_at(b"rust", 400).unwrap();
+            segments[1].clone()
+        },
+        words: &[
+            "no segment of a journal",
+            "its header is damaged",
+            "tidegate journal repair",
+        ],
+        repairable: true,
+        // Each group vouches for itself.
         whole: true,
     },
     Case {
@@ -310,6 +330,18 @@ async fn a_directory_that_cannot_be_used_ends_the_start() {
         let output = journal_command(action, &directory).await;
         assert_eq!(output.code, Some(69), "{action}: {output:?}");
         assert_eq!(output.stderr.lines().count(), 1, "{action}: {output:?}");
+    }
+
+    // A file of it that cannot be read.
+    let directory = copy(&original);
+    let segment = data_dir(&directory).join("journal/segment-0000000000000001");
+    fs::remove_file(&segment).unwrap();
+    fs::create_dir(&segment).unwrap();
+    let exit = setup().run_to_end_in(&directory).await;
+    assert_refused(&exit, 69, &["segment-0000000000000001", "s a directory"]);
+    for action in ["inspect", "repair"] {
+        let output = journal_command(action, &directory).await;
+        assert_eq!(output.code, Some(69), "{action}: {output:?}");
     }
 
     // One that cannot be written.

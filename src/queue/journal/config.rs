@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::settings::Unfit;
+use crate::settings::{DAY, Unfit, within};
 
 use super::format::{CHARGE_OVERHEAD_BYTES, SEGMENT_HEADER_BYTES};
 
@@ -30,11 +30,12 @@ const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// How large each file of the journal is. Default: 67,108,864 (64 MiB); from 1 MiB to 1 GiB. An eighth of it is the longest
-    /// record. Larger files are made and freed less often, and are freed later. Lowered, it takes effect at a start that finds no
-    /// larger file.
+    /// record. Larger files are made and freed less often, and are freed later. A start goes on with the size of the largest file that
+    /// it finds: lowered, it takes effect only in a directory without a journal.
     pub segment_bytes: u64,
     /// How large the journal may become: all of its files together. Default: 1,073,741,824 (1 GiB); from 5 to 512 times
-    /// `segment_bytes`. More rides out a longer outage of the store; when full, writes wait.
+    /// `segment_bytes`, and never less than five files as large as they are. More rides out a longer outage of the store; when full, writes
+    /// wait.
     pub bytes_max: u64,
     /// After how long without writes the journal notes on disk what has left it. Default: 1 s. Shorter leaves less to replay after
     /// a crash, and costs a sync per lull.
@@ -72,10 +73,7 @@ impl Config {
                 format!("must be from {SEGMENTS_MIN} to {SEGMENTS_MAX} times segment_bytes"),
             ));
         }
-        if self.idle_sync.is_zero() {
-            return Err(Unfit::new("idle_sync", "must be more than 0"));
-        }
-        Ok(())
+        within("idle_sync", self.idle_sync, DAY)
     }
 
     /// The most bytes that a key and its value may have together for a write to fit.
@@ -131,6 +129,7 @@ mod tests {
             ("segment_bytes = 2147483648", "segment_bytes"),
             ("bytes_max = 67108864", "bytes_max"),
             ("idle_sync = '0s'", "idle_sync"),
+            ("idle_sync = '2d'", "idle_sync"),
         ] {
             let config = toml::from_str::<Config>(text).expect("readable");
             assert!(config.validate().expect_err(text).field == field);

@@ -143,12 +143,18 @@ impl GroupHeader {
         buffer.resize(self.group_bytes(), 0);
     }
 
+    /// The mark in the header that `bytes` begin with, if it looks like one; not checked.
+    pub(super) fn peek_mark(bytes: &[u8]) -> Option<u64> {
+        let header = bytes.get(..GROUP_HEADER_BYTES)?;
+        header.starts_with(&GROUP_MAGIC).then(|| u64_at(header, 8))
+    }
+
     /// The header that `bytes` begin with, if it looks like one of a segment's; not checked.
     pub(super) fn peek(mark: u64, bytes: &[u8]) -> Option<GroupHeader> {
-        let header = bytes.get(..GROUP_HEADER_BYTES)?;
-        if header[..4] != GROUP_MAGIC || u64_at(header, 8) != mark {
+        if GroupHeader::peek_mark(bytes)? != mark {
             return None;
         }
+        let header = bytes.get(..GROUP_HEADER_BYTES)?;
         Some(GroupHeader {
             sequence: u64_at(header, 16),
             first_record: u64_at(header, 24),

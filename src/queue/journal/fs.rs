@@ -8,7 +8,7 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -214,6 +214,8 @@ impl JournalFs for DiskFs {
             .read(true)
             .write(true)
             .create_new(true)
+            // What callers store lies in it: no other user may read it, whoever made the directory.
+            .mode(0o600)
             .open(self.path.join(name))?;
         Ok(Box::new(DiskFile(file)))
     }
@@ -250,5 +252,22 @@ impl JournalFile for DiskFile {
 
     fn sync(&mut self) -> io::Result<()> {
         self.0.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn no_other_user_can_read_a_file_whoever_made_the_directory() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
+        let journal = DiskFs::create(directory.path()).expect("it is there");
+        journal.create("segment").expect("it can be made");
+        let made = fs::metadata(directory.path().join("segment")).expect("it was made");
+        assert_eq!(made.permissions().mode() & 0o777, 0o600);
     }
 }

@@ -56,7 +56,9 @@ pub struct SegmentReport {
     pub unreleased: u64,
     /// Where whole groups follow something else.
     pub damaged_at: Vec<u64>,
-    /// Why nothing in it can be read.
+    /// Why it is no segment. Groups in it may be whole all the same.
+    pub fault: Option<&'static str>,
+    /// Why the file cannot be read; nothing else is known of it then.
     pub unreadable: Option<String>,
 }
 
@@ -100,9 +102,12 @@ impl fmt::Display for Repair {
 
 impl fmt::Display for SegmentReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} bytes", self.name, self.bytes)?;
         if let Some(why) = &self.unreadable {
-            return write!(f, ", not readable: {why}");
+            return write!(f, "{}: not readable: {why}", self.name);
+        }
+        write!(f, "{}: {} bytes", self.name, self.bytes)?;
+        if let Some(fault) = self.fault {
+            write!(f, ", no segment: {fault}")?;
         }
         if let Some((first, last)) = self.sequences {
             write!(f, ", groups {first} to {last}")?;
@@ -301,8 +306,11 @@ impl Salvage {
         };
         // Twice: which records are released is known at the end.
         for id in &listing.segments {
-            if let Ok(mut segment) = SegmentFile::open(fs, *id) {
-                salvage.bytes_max = salvage.bytes_max.max(segment.header.bytes);
+            if let Ok((mut segment, fault)) = SegmentFile::salvage(fs, *id) {
+                // What is no segment may have any length.
+                if fault.is_none() {
+                    salvage.bytes_max = salvage.bytes_max.max(segment.header.bytes);
+                }
                 // What cannot be read is reported below.
                 let _unreadable = for_each_group(&mut segment, |_, group, _| {
                     salvage.released_below = salvage.released_below.max(group.released_below);
@@ -318,9 +326,7 @@ impl Salvage {
             };
             if let Err(error) = salvage.read_segment(fs, id, &mut report) {
                 report.unreadable = Some(error.to_string());
-                if !matches!(error, JournalError::NotASegment { .. }) {
-                    salvage.obstacle = Some(error);
-                }
+                salvage.obstacle = Some(error);
             }
             salvage.segments.push(report);
         }
@@ -330,8 +336,8 @@ impl Salvage {
     /// Reads a segment, and reports it.
     fn read_segment(&mut self, fs: &dyn JournalFs, id: u64, report: &mut SegmentReport) -> Result<(), JournalError> {
         let released_below = self.released_below;
-        let mut segment = SegmentFile::open(fs, id)?;
-        report.bytes = segment.header.bytes;
+        let (mut segment, fault) = SegmentFile::salvage(fs, id)?;
+        (report.bytes, report.fault) = (segment.header.bytes, fault);
         let mut end = SEGMENT_HEADER_BYTES as u64;
         for_each_group(&mut segment, |offset, group, body| {
             if offset != end {

@@ -66,12 +66,12 @@ pub enum JournalError {
     #[error("the journal {0} is in use by another process")]
     InUse(String),
     /// Its directory or a file of it cannot be read or written.
-    #[error("the journal cannot be used: {path}: {source}")]
+    #[error("the journal cannot be used: {path}: {why}")]
     Unusable {
         /// The directory or the file.
         path: String,
-        /// Why.
-        source: io::Error,
+        /// Why. Not a source: whoever prints the chain of causes would say it twice.
+        why: io::Error,
     },
     /// A file has the name of a segment and is none.
     #[error("{file} is no segment of a journal: {why}; put it back as it was, or run `tidegate journal repair`")]
@@ -123,10 +123,10 @@ impl JournalError {
         }
     }
 
-    fn unusable(fs: &dyn JournalFs, name: Option<&str>, source: io::Error) -> JournalError {
+    fn unusable(fs: &dyn JournalFs, name: Option<&str>, why: io::Error) -> JournalError {
         JournalError::Unusable {
             path: name.map_or_else(|| fs.name(), |name| scan::path(fs, name)),
-            source,
+            why,
         }
     }
 }

@@ -43,40 +43,53 @@ pub(super) struct SegmentFile {
 impl SegmentFile {
     /// Opens a segment.
     pub(super) fn open(fs: &dyn JournalFs, id: u64) -> Result<SegmentFile, JournalError> {
+        match SegmentFile::salvage(fs, id)? {
+            (segment, None) => Ok(segment),
+            (segment, Some(why)) => Err(JournalError::NotASegment {
+                file: segment.path,
+                why,
+            }),
+        }
+    }
+
+    /// Opens a file that has the name of a segment, to read whatever groups it holds. Says why it is no segment, if it is none.
+    pub(super) fn salvage(fs: &dyn JournalFs, id: u64) -> Result<(SegmentFile, Option<&'static str>), JournalError> {
         let name = segment_name(id);
         let path = path(fs, &name);
         let unusable = |source| JournalError::unusable(fs, Some(&name), source);
         let file = fs.open(&name).map_err(unusable)?;
         let length = file.length().map_err(unusable)?;
-        let mut begin = vec![0; length.min(SEGMENT_HEADER_BYTES as u64) as usize];
+        let mut begin = vec![0; length.min((SEGMENT_HEADER_BYTES + GROUP_HEADER_BYTES) as u64) as usize];
         file.read_exact_at(&mut begin, 0).map_err(unusable)?;
-        let foreign = |why| JournalError::NotASegment {
-            file: path.clone(),
-            why,
+        let (mark, why) = match SegmentHeader::decode(&begin) {
+            Ok(header) if header.id != id => (header.mark, Some("it was another one when it was written")),
+            Ok(header) if header.bytes != length => (header.mark, Some("it is not as long as when it was made")),
+            Ok(header) => (header.mark, None),
+            Err(HeaderFault::Newer(format)) => return Err(JournalError::Newer { file: path, format }),
+            Err(fault) => {
+                // The first group has it, too, and always in the same place: where no value can have put it.
+                let first = begin.get(SEGMENT_HEADER_BYTES..).unwrap_or_default();
+                let why = match fault {
+                    HeaderFault::Short if length == 0 => "it is empty",
+                    HeaderFault::Short => "it is too short",
+                    HeaderFault::Foreign => "it does not begin like one",
+                    _ => "its header is damaged",
+                };
+                (GroupHeader::peek_mark(first).unwrap_or_default(), Some(why))
+            }
         };
-        let header = SegmentHeader::decode(&begin).map_err(|fault| match fault {
-            HeaderFault::Short if length == 0 => foreign("it is empty"),
-            HeaderFault::Short => foreign("it is too short"),
-            HeaderFault::Foreign => foreign("it does not begin like one"),
-            HeaderFault::Damaged => foreign("its header is damaged"),
-            HeaderFault::Newer(format) => JournalError::Newer {
-                file: path.clone(),
-                format,
+        let segment = SegmentFile {
+            header: SegmentHeader {
+                id,
+                mark,
+                bytes: length,
             },
-        })?;
-        if header.id != id {
-            return Err(foreign("it was another one when it was written"));
-        }
-        if header.bytes != length {
-            return Err(foreign("it is not as long as when it was made"));
-        }
-        Ok(SegmentFile {
-            header,
             file,
             path,
             window: Vec::new(),
             window_at: 0,
-        })
+        };
+        Ok((segment, why))
     }
 
     /// The whole group at `offset`, with its body.
@@ -127,9 +140,9 @@ impl SegmentFile {
                 .resize(rest.min(length.max(WINDOW_BYTES as u64)) as usize, 0);
             self.window_at = offset;
             let read = self.file.read_exact_at(&mut self.window, offset);
-            read.map_err(|source| JournalError::Unusable {
+            read.map_err(|why| JournalError::Unusable {
                 path: self.path.clone(),
-                source,
+                why,
             })?;
         }
         Ok(self
@@ -373,7 +386,7 @@ impl Harvest {
                 };
                 let unusable = || JournalError::Unusable {
                     path: path(fs, &segment_name(surveyed.header.id)),
-                    source: changed(),
+                    why: changed(),
                 };
                 let (group, body) = segment.group_at(offset)?.ok_or_else(unusable)?;
                 harvest

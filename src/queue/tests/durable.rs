@@ -146,6 +146,38 @@ async fn no_write_that_rests_on_memory_uncovers_one_that_does_not() {
 }
 
 #[tokio::test]
+async fn of_those_that_a_memory_write_covers_the_newest_stays_in_the_journal() {
+    for (first, second) in [(1, 2), (2, 1)] {
+        let disk = SimFs::default();
+        let rig = rig_of(&disk);
+        let claims = [
+            rig.claim("k", BehindDurability::Memory).await,
+            rig.claim("k", BehindDurability::Journal).await,
+            rig.claim("k", BehindDurability::Journal).await,
+        ];
+        // The two are appended the other way around than they were stamped.
+        let mut held = BTreeMap::new();
+        for (version, claim) in [3, 2, 1].into_iter().zip(claims) {
+            held.insert(version, rig.append(claim, "k", version).await);
+        }
+        for version in [3, first, second] {
+            let held = held.remove(&version).expect("appended");
+            assert_eq!(rig.accept(held, "k", version), version == 3);
+        }
+        // What is released is told with the next group.
+        rig.write("other", 9, BehindDurability::Journal).await;
+        assert_eq!(recovered(&disk).get("k"), Some(&2), "accepted {first} before {second}");
+        rig.queue.close();
+        let left = rig.queue.drained(Instant::now()).await;
+        assert_eq!(
+            (left.entries, left.lost),
+            (2, 1),
+            "the covering one is not in the journal"
+        );
+    }
+}
+
+#[tokio::test]
 async fn what_is_recovered_is_unconfirmed_until_the_store_has_it_and_pending_until_it_is_published() {
     let disk = SimFs::default();
     let first = rig_of(&disk);

@@ -57,7 +57,29 @@ fn damages(whole: &Disk, recovered: &[Found]) -> Vec<Damage> {
     }];
 
     let (name, _, _) = &places[places.len() / 2];
-    let of_segment: Vec<Range<u64>> = of(&mut disk, name).iter().map(|(_, group)| numbers(group)).collect();
+    let in_segment = of(&mut disk, name);
+    let of_segment: Vec<Range<u64>> = in_segment.iter().map(|(_, group)| numbers(group)).collect();
+    for (what, at) in [
+        ("a damaged header", 400),
+        ("a header that begins with something else", 0),
+    ] {
+        let mut flipped = disk.clone();
+        flipped.bytes_mut(name).expect("there")[at] ^= 1;
+        damages.push(Damage {
+            what,
+            disk: flipped.settled(),
+            lost: Vec::new(),
+        });
+    }
+    let (last, group) = in_segment.last().expect("it holds groups");
+    let cut = disk.bytes_mut(name).expect("there")[..*last + 1].to_vec();
+    let mut shortened = disk.clone();
+    shortened.replace(name, Some(cut));
+    damages.push(Damage {
+        what: "a file that was cut short",
+        disk: shortened.settled(),
+        lost: vec![numbers(group)],
+    });
     for (what, bytes) in [
         ("a missing segment", None),
         ("a foreign file", Some(b"a letter".to_vec())),
@@ -86,8 +108,8 @@ fn a_repair_keeps_what_can_be_read_and_can_be_interrupted_anywhere() {
             .map(|found| found.write.entry.version.get())
             .collect();
         assert!(
-            !kept.is_empty() && kept.len() < recovered.len(),
-            "{what}: something to keep and something to lose"
+            !kept.is_empty() && (lost.is_empty() || kept.len() < recovered.len()),
+            "{what}: something to keep, and something to lose unless all can be read"
         );
         let check = |disk: &Disk, context: &str| {
             let (_, found) =
@@ -184,10 +206,10 @@ fn an_inspection_shows_what_is_there_and_changes_nothing() {
     let damaged = fs(&damaged.settled());
     let inspection = inspect(&damaged).expect("readable");
     assert_eq!(inspection.segments[0].damaged_at, [SEGMENT_HEADER_BYTES as u64]);
-    assert!(inspection.segments[1].unreadable.is_some() && inspection.refusal.is_some());
+    assert!(inspection.segments[1].fault == Some("it is empty") && inspection.refusal.is_some());
     let text = inspection.to_string();
     assert!(
-        text.contains("damaged at offset 512") && text.contains("it is empty"),
+        text.contains("damaged at offset 512") && text.contains(": 0 bytes, no segment: it is empty"),
         "{text}"
     );
     assert_eq!((disk.ops(), damaged.ops()), (0, 0));
