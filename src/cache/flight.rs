@@ -1,17 +1,9 @@
 //! Single flight: one load per key in the process at a time, whose answer all who miss meanwhile share.
 //!
-//! Owns which loads run, and whether what one found may still land in L1. Does not own the load itself (the gateway runs it, in a
-//! task of its own, so that a caller that hangs up does not end it for the others). Invariants: a load lands only while its
-//! flight is registered, checked and done under one lock; the number of flights is bounded.
-//!
-//! A registered flight is a lease on the key. The order that makes it one:
-//! - a reader registers **before** it looks at pending, Redis or the store, and looks at L1 once more after it was made the
-//!   leader, for an earlier flight may have landed since its first look;
-//! - a writer makes its write visible in the slower tier (pending or the store) **before** it detaches the flight, and leaves
-//!   nothing older in L1 **after**: its own copy lands then, or was there already and what is older is dropped.
-//!
-//! So a load that began before a write was visible can land only before the writer detaches it, and does not outlast that. A load
-//! that registers after the detachment sees the write.
+//! Owns which loads run, and who may join one. Does not own the load itself (the gateway runs it, in a task of its own, so that a caller
+//! that hangs up does not end it for the others), nor whether what one found may land in L1 (its token there says). Invariants: who comes
+//! after a write does not join a load from before it, for a writer makes its write visible in the slower tiers, and then detaches the
+//! key's flight, before it answers; the number of flights is bounded.
 
 use std::{
     collections::{HashMap, hash_map},
@@ -26,15 +18,7 @@ use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::{
-    cache::{
-        Loaded,
-        memory::{Landing, Memory},
-    },
-    error::Error,
-    model::{Key, Source, Timestamp},
-    telemetry::CacheMetrics,
-};
+use crate::{cache::Loaded, error::Error, model::Key, telemetry::CacheMetrics};
 
 /// How many flights a gateway lets run at once.
 pub const FLIGHTS_MAX: usize = 16_384;
@@ -61,7 +45,7 @@ pub struct Flights {
 /// What a reader that missed is to do.
 #[derive(Debug)]
 pub enum Ticket {
-    /// Load, and land what it finds.
+    /// Load, and tell those who join.
     Lead(Lead),
     /// Wait for the load that runs.
     Join(Join),
@@ -110,8 +94,8 @@ impl Flights {
         }
     }
 
-    /// Ends the registration of the key's flight: what it finds will not land. Those who joined still get its answer, for they
-    /// asked before the write was answered; later readers start a new one.
+    /// Ends the registration of the key's flight. Those who joined still get its answer, for they asked before the write was answered;
+    /// later readers start a new one.
     pub fn detach(&self, key: &Key) {
         self.shard(key).lock().remove(key);
     }
@@ -143,9 +127,9 @@ impl Flights {
     }
 }
 
-/// The duty to load a key, and the right to land what was found.
+/// The duty to load a key for all who join.
 ///
-/// Dropped without landing (its task was cancelled, or panicked), it ends the flight without an answer: those who joined are
+/// Dropped without an end (its task was cancelled, or panicked), it ends the flight without an answer: those who joined are
 /// woken to board again, and one of them leads.
 #[derive(Debug)]
 #[must_use = "a flight without a leader makes its joiners start over"]
@@ -161,34 +145,20 @@ impl Lead {
         &self.key
     }
 
-    /// Ends the flight. What was found lands in L1 if the flight still stands: an entry unless L1 has a newer one, an absence
-    /// over anything. The answer, for the leader as for those who joined: what was found, or the newer copy that L1 holds, if it
-    /// may still answer.
-    pub fn land(self, memory: &Memory, outcome: LoadResult, now: Timestamp) -> LoadResult {
-        let outcome = {
-            let mut shard = self.flights.shard(&self.key).lock();
-            if self.unregister(&mut shard) {
-                outcome.map(|loaded| land_in(memory, &self.key, loaded, now))
-            } else {
-                outcome
-            }
-        };
-        self.end(Some(outcome.clone()));
-        outcome
+    /// Ends the flight with an answer for those who joined. Whatever is to land in L1 has landed: later readers find it there.
+    pub fn end(self, outcome: LoadResult) {
+        self.end_with(Some(outcome));
     }
 
-    /// Takes the registration, if it still stands. Whether it did.
-    fn unregister(&self, shard: &mut HashMap<Key, Arc<Flight>, RandomState>) -> bool {
-        let stands = shard
-            .get(&self.key)
-            .is_some_and(|flight| Arc::ptr_eq(flight, &self.flight));
-        if stands {
-            shard.remove(&self.key);
+    fn end_with(&self, outcome: Option<LoadResult>) {
+        let mut shard = self.flights.shard(&self.key).lock();
+        if let hash_map::Entry::Occupied(registered) = shard.entry(self.key.clone())
+            // A detached one has no registration to end, and the key may have another's.
+            && Arc::ptr_eq(registered.get(), &self.flight)
+        {
+            registered.remove();
         }
-        stands
-    }
-
-    fn end(&self, outcome: Option<LoadResult>) {
+        drop(shard);
         if self.flight.outcome.set(outcome).is_ok() {
             self.flight.ended.notify_waiters();
         }
@@ -198,21 +168,9 @@ impl Lead {
 impl Drop for Lead {
     fn drop(&mut self) {
         if self.flight.outcome.get().is_none() {
-            self.unregister(&mut self.flights.shard(&self.key).lock());
-            self.end(None);
+            self.end_with(None);
         }
         self.flights.running.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-fn land_in(memory: &Memory, key: &Key, loaded: Loaded, now: Timestamp) -> Loaded {
-    match memory.land_load(key, loaded.copy.clone()) {
-        Landing::Refused { standing } if standing.is_fresh(now) => Loaded {
-            copy: standing,
-            source: Source::L1,
-            stale: false,
-        },
-        Landing::Landed | Landing::Renewed | Landing::Refused { .. } => loaded,
     }
 }
 

@@ -1,20 +1,24 @@
-//! L1: copies in this process, shared by all of its serving threads.
+//! L1: copies in this process, shared by all of its serving threads, and the tokens of those who will land there.
 //!
-//! Owns the bound in bytes and the comparison of versions, made in place under the lock of the key's shard. Does not own when a
-//! load may land (`flight` does), nor lifetimes (the gateway sets them). Invariants: no landing puts a lower version over a higher
-//! one that stands; no lock lives across an await; a copy may be evicted at any time, and then nothing of it is remembered.
+//! Owns the bound in bytes, and what may land. A slot holds a copy, a token, or both. Whoever will land leaves a token first: **before** a
+//! load looks at the slower tiers, before a write is stamped. Any landing, removal or invalidation clears the slot's token, and eviction
+//! takes it along with the copy; so a token that still stands proves that nothing came in between, and who comes late fails closed. Does
+//! not own lifetimes (the gateway sets them), nor who loads (`flight`).
 //!
-//! The last means that an older copy could land late in the slot of an evicted newer one. A load cannot, for it lands only while
-//! its flight stands; a write's own landing follows its answer from the slower tier at once.
+//! Invariants: no landing puts a lower version over a higher one that stands, or that stood since the landing's token was left; all
+//! changes of a shard are made under its lock, which does not live across an await; reads take no lock of ours. A token costs no bytes
+//! and no copy its place, for it stands beside the cache in `tokens`, and it is never an answer.
 
-use std::mem;
+mod tokens;
 
-use quick_cache::{
-    OptionsBuilder, Weighter,
-    sync::{Cache, DefaultLifecycle, EntryAction, EntryResult},
-};
+use std::{mem, sync::Arc};
+
+use foldhash::fast::RandomState;
+use parking_lot::Mutex;
+use quick_cache::{Lifecycle, OptionsBuilder, Weighter, sync::Cache};
 use serde::{Deserialize, Serialize};
 
+use self::tokens::{Number, Tokens};
 use crate::{
     cache::Copy,
     model::{Key, Timestamp, Version},
@@ -55,24 +59,19 @@ pub enum Landing {
     Landed,
     /// The same version stood: its lifetime was renewed, if the offered one ends later.
     Renewed,
-    /// Something newer stands, and was left.
+    /// It came too late.
     Refused {
-        /// What stands.
-        standing: Copy,
+        /// What stands: something newer, or, where an absence was offered, whatever stood. What is older was removed.
+        standing: Option<Copy>,
     },
-}
-
-/// How an offered copy compares to the one that stands.
-enum Order {
-    Newer,
-    Same,
-    Older,
 }
 
 /// L1.
 #[derive(Debug)]
 pub struct Memory {
-    copies: Cache<Key, Copy, Weigh, foldhash::fast::RandomState>,
+    copies: Cache<Key, Copy, Weigh, RandomState, Evictions>,
+    /// The lock of every shard of `copies`, around its tokens. No shard of `copies` is changed without it.
+    tokens: Box<[Mutex<Tokens>]>,
 }
 
 impl Memory {
@@ -88,14 +87,10 @@ impl Memory {
             .weight_capacity(config.bytes_max as u64)
             .build()
             .expect("both capacities are set");
-        Memory {
-            copies: Cache::with_options(
-                options,
-                Weigh,
-                foldhash::fast::RandomState::default(),
-                DefaultLifecycle::default(),
-            ),
-        }
+        let copies = Cache::with_options(options, Weigh, RandomState::default(), Evictions);
+        // There may be fewer than were asked for.
+        let tokens = (0..copies.num_shards()).map(|_| Mutex::default()).collect();
+        Memory { copies, tokens }
     }
 
     /// The copy of a key, while it may answer at `now`. A record past its own expiry comes back as what it is: it means absent.
@@ -108,24 +103,29 @@ impl Memory {
         self.copies.peek(key).and_then(|copy| copy.version())
     }
 
-    /// Offers the copy of a write, or of anything else but a load. A known absence lands only where no entry stands.
+    /// Leaves a token at a key, for a landing. A copy that stands there stays readable.
+    pub fn leave_token(self: &Arc<Self>, key: &Key) -> Token {
+        let number = self.tokens(key).lock().leave(key);
+        Token {
+            memory: Arc::clone(self),
+            key: key.clone(),
+            number,
+            spent: false,
+        }
+    }
+
+    /// Tells that something else wrote `version`: an older copy and a known absence are removed, a copy at or above it stays. Whether
+    /// one was removed.
     ///
-    /// The value should own its bytes: a slice of a larger buffer keeps all of that alive, beyond the bound.
-    pub fn land(&self, key: &Key, copy: Copy) -> Landing {
-        self.land_where(key, copy, Order::Older)
+    /// The token goes even beside a newer copy: a load under way may have found an absence, which no version would refuse.
+    pub fn invalidate(&self, key: &Key, version: Version) -> bool {
+        self.remove_if(key, |copy| copy.version() < Some(version))
     }
 
-    /// Offers what a load found, which only the key's standing flight may do: a known absence lands over an entry too, for
-    /// the store was asked and no write came in between.
-    pub(super) fn land_load(&self, key: &Key, copy: Copy) -> Landing {
-        self.land_where(key, copy, Order::Newer)
-    }
-
-    /// Removes the copy of a key if exactly `version` stands. Whether it did.
+    /// Removes the copy of a key if exactly `version` stands, and the token: who holds it may have found that version. Whether a copy
+    /// was removed.
     pub fn drop_version(&self, key: &Key, version: Version) -> bool {
-        self.copies
-            .remove_if(key, |copy| copy.version() == Some(version))
-            .is_some()
+        self.remove_if(key, |copy| copy.version() == Some(version))
     }
 
     /// How many copies there are.
@@ -143,51 +143,108 @@ impl Memory {
         self.copies.weight()
     }
 
-    fn land_where(&self, key: &Key, mut copy: Copy, absence_over_entry: Order) -> Landing {
-        let weight = Weigh.weight(key, &copy);
-        let entry = self.copies.entry(key, None, |_, standing| {
-            match order(standing, &copy, absence_over_entry) {
-                // What grows goes through an insertion, which alone evicts others to make room.
-                Order::Newer if weight > Weigh.weight(key, standing) => EntryAction::ReplaceWithGuard,
-                Order::Newer => {
-                    mem::swap(standing, &mut copy);
-                    EntryAction::Retain(Landing::Landed)
-                }
-                Order::Same => {
-                    if copy.fresh_until > standing.fresh_until {
-                        standing.fresh_until = copy.fresh_until;
-                    }
-                    standing.loaded_at = standing.loaded_at.max(copy.loaded_at);
-                    EntryAction::Retain(Landing::Renewed)
-                }
-                Order::Older => EntryAction::Retain(Landing::Refused {
-                    standing: standing.clone(),
-                }),
+    fn remove_if(&self, key: &Key, remove: impl FnOnce(&Copy) -> bool) -> bool {
+        let mut tokens = self.tokens(key).lock();
+        tokens.clear(key);
+        self.copies.remove_if(key, remove).is_some()
+    }
+
+    /// Where the token `number` does not stand, what is older is removed and nothing lands, but that an entry may replace an older entry
+    /// if `over_older`.
+    fn land(&self, key: &Key, number: Number, copy: Copy, over_older: bool) -> Landing {
+        let mut tokens = self.tokens(key).lock();
+        let may_land = tokens.clear(key) == Some(number);
+        let standing = self.copies.peek(key);
+        let stands = standing.as_ref().and_then(Copy::version);
+        match (copy.version(), standing) {
+            (Some(offered), Some(standing)) if stands == Some(offered) => {
+                let renewed = Copy {
+                    loaded_at: standing.loaded_at.max(copy.loaded_at),
+                    fresh_until: standing.fresh_until.max(copy.fresh_until),
+                    ..standing
+                };
+                self.insert(&mut tokens, key, renewed);
+                Landing::Renewed
             }
-        });
-        match entry {
-            EntryResult::Retained(landing) => landing,
-            EntryResult::Vacant(slot) | EntryResult::Replaced(slot, _) => {
-                // Inserted at once: others who land on this key wait while the slot is held, and then compare. The slot cannot
-                // have been taken away, for nothing here removes or inserts past it; if it had, nothing stands, which is safe.
-                let _ = slot.insert(copy);
+            (Some(offered), standing) if stands > Some(offered) => Landing::Refused { standing },
+            (offered, _) if may_land || (over_older && offered.is_some() && stands.is_some()) => {
+                self.insert(&mut tokens, key, copy);
                 Landing::Landed
             }
-            EntryResult::Removed(..) | EntryResult::Timeout => {
-                unreachable!("the callback does not remove, and the wait for a slot has no limit")
+            // Whatever came in between may be newer than this, but what stands is older.
+            (Some(_), _) => {
+                self.copies.remove(key);
+                Landing::Refused { standing: None }
             }
+            (None, standing) => Landing::Refused { standing },
+        }
+    }
+
+    fn insert(&self, tokens: &mut Tokens, key: &Key, copy: Copy) {
+        let mut evicted = Vec::new();
+        self.copies.insert_with_lifecycle(key.clone(), copy, &mut evicted);
+        if !tokens.is_empty() {
+            // All of the same shard.
+            for (key, _) in &evicted {
+                tokens.clear(key);
+            }
+        }
+    }
+
+    fn tokens(&self, key: &Key) -> &Mutex<Tokens> {
+        &self.tokens[self.copies.shard_index(key)]
+    }
+}
+
+/// The right to land at a key, for as long as nothing else changes its slot. Given back when dropped.
+#[derive(Debug)]
+pub struct Token {
+    memory: Arc<Memory>,
+    key: Key,
+    number: Number,
+    /// Whether a landing has cleared it.
+    spent: bool,
+}
+
+impl Token {
+    /// Offers what a load found: an entry, or a known absence, which lands over an entry too, for the store was asked after the token
+    /// was left. Lands only where the token stands, not even over an older entry elsewhere: what was found may have been withdrawn since,
+    /// as a write that the store refuses is.
+    ///
+    /// The value should own its bytes: a slice of a larger buffer keeps all of that alive, beyond the bound.
+    pub fn land_load(self, copy: Copy) -> Landing {
+        self.land(copy, false)
+    }
+
+    /// Offers the copy of a write that was visible in the slower tiers **before**: lands where the token stands, and over an older entry.
+    /// Nothing older stands afterwards, and no load lands that began before. The value should own its bytes, as that of a load.
+    pub fn land_write(self, copy: Copy) -> Landing {
+        self.land(copy, true)
+    }
+
+    fn land(mut self, copy: Copy, over_older: bool) -> Landing {
+        self.spent = true;
+        self.memory.land(&self.key, self.number, copy, over_older)
+    }
+}
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        if !self.spent {
+            self.memory.tokens(&self.key).lock().give_back(&self.key, self.number);
         }
     }
 }
 
-fn order(standing: &Copy, offered: &Copy, absence_over_entry: Order) -> Order {
-    match (standing.version(), offered.version()) {
-        (None, None) => Order::Same,
-        (None, Some(_)) => Order::Newer,
-        (Some(_), None) => absence_over_entry,
-        (Some(standing), Some(offered)) if offered > standing => Order::Newer,
-        (Some(standing), Some(offered)) if offered == standing => Order::Same,
-        (Some(_), Some(_)) => Order::Older,
+/// Tells which copies an insertion replaced or evicted.
+#[derive(Debug, Clone)]
+struct Evictions;
+
+impl Lifecycle<Key, Copy> for Evictions {
+    type RequestState = Vec<(Key, Copy)>;
+
+    fn on_evict(&self, evicted: &mut Vec<(Key, Copy)>, key: Key, copy: Copy) {
+        evicted.push((key, copy));
     }
 }
 

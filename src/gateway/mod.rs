@@ -4,8 +4,8 @@
 //! not newer, so every overlay of two tiers here is a maximum by version and nothing else orders anything.
 //!
 //! Invariants, which make a late landing of an older copy impossible within the process:
-//! - a reader registers its flight before it looks at the slower tiers; a writer makes its write visible in the slower tiers (the
-//!   store or pending, and Redis) before it detaches the key's flight, and leaves nothing older in L1 after that;
+//! - a reader leaves its token in L1 before it looks at the slower tiers, a writer before it stamps; a writer makes its write visible in the
+//!   slower tiers (the store or pending, and Redis) before it detaches the key's flight and lands in L1, which clears every token;
 //! - pending is read before the store, so an entry that drains in between is found in one of them.
 //!
 //! Cancellation: a read's future may be dropped at any await; the load that it leads runs in a task of its own. A write's future may
@@ -209,7 +209,7 @@ impl Gateway {
     }
 
     /// Removes a version from the caches, where it still stands: the store did not take it. From the slower tier to the faster, as a
-    /// write lands: a load that begins after the detachment no longer finds it.
+    /// write lands: a load that has found it loses its token, and one that begins after the detachment no longer finds it.
     async fn forget(&self, key: &Key, version: Version) {
         if let Some(redis) = &self.inner.redis {
             // A failure leaves a copy that ends with its lifetime; the link has counted and logged it.
@@ -223,12 +223,11 @@ impl Gateway {
     /// replica's reads see it there, and not what is older in Redis; and afterwards, where Redis could not be told, by what L1 knows.
     async fn publish_recovered(&self, write: &Write) {
         let (key, version) = (&write.key, write.entry.version);
+        let token = self.parts().memory.leave_token(key);
         let copy = self.copy_of(key, Some(write.entry.clone()), self.parts().clock.now());
-        let standing = self.publish(write, &copy).await;
-        let pending = self.parts().queue.pending(key);
-        // Not late: one that a newer write has replaced meanwhile could land where that was evicted.
-        if standing.is_none() && pending.is_some_and(|pending| pending.entry.version == version) {
-            self.land_in_memory(key, copy);
+        if self.publish(write, &copy).await.is_none() {
+            self.parts().flights.detach(key);
+            token.land_write(copy);
         }
         self.parts().queue.published(key, version);
     }

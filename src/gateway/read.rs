@@ -1,7 +1,7 @@
 //! Reading: down the tiers until one knows.
 //!
 //! Owns which tiers a consistency may ask and in which order, loads and their landing, and refresh-ahead. Does not own time limits
-//! of a call ([`Gateway::get`] bounds it) nor the rule of landing ([`flight`](crate::cache::flight)). Safe to drop at any await.
+//! of a call ([`Gateway::get`] bounds it) nor the rule of landing ([`memory`](crate::cache::memory)). Safe to drop at any await.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,6 +12,7 @@ use crate::{
     cache::{
         Copy, Loaded,
         flight::{FLIGHTS_MAX, Lead, Ticket},
+        memory::{Landing, Token},
         needs_refresh,
     },
     error::{Error, ErrorKind},
@@ -162,12 +163,14 @@ impl Gateway {
         self.inner.tasks.spawn(async move {
             let deadline = deadline.max(Instant::now() + gateway.parts().load_wait);
             let key = lead.key().clone();
+            let token = gateway.parts().memory.leave_token(&key);
             // An earlier flight may have landed between this caller's look and its lead.
-            let outcome = match gateway.look_in_memory(&key, gateway.parts().clock.now()) {
-                Some(loaded) => Ok(loaded),
-                None => gateway.get_shared(&key, deadline).await,
-            };
-            gateway.land(lead, outcome)
+            if let Some(loaded) = gateway.look_in_memory(&key, gateway.parts().clock.now()) {
+                lead.end(Ok(loaded.clone()));
+                return Ok(loaded);
+            }
+            let outcome = gateway.get_shared(&key, deadline).await;
+            gateway.land(lead, token, outcome)
         })
     }
 
@@ -187,21 +190,24 @@ impl Gateway {
             return;
         };
         parts.metrics.refreshes.inc();
+        let token = parts.memory.leave_token(key);
         let gateway = self.clone();
         self.inner.tasks.spawn(async move {
             let deadline = Instant::now() + gateway.parts().load_wait;
             // Redis may hold a copy as old as ours: only the store makes it new.
             let outcome = gateway.get_stored(lead.key(), None, deadline).await;
             // A failure leaves the copy as it was, and the next read tries again; whoever joined is told.
-            let _ = gateway.land(lead, outcome);
+            let _ = gateway.land(lead, token, outcome);
             drop(permit);
         });
     }
 
     /// Ends a load: L1 gets the copy unless a write came since, those who joined get the answer, and Redis what the store gave.
-    fn land(&self, lead: Lead, outcome: Result<Loaded, Error>) -> Result<Loaded, Error> {
+    fn land(&self, lead: Lead, token: Token, outcome: Result<Loaded, Error>) -> Result<Loaded, Error> {
         let key = lead.key().clone();
-        let outcome = lead.land(&self.parts().memory, outcome, self.parts().clock.now());
+        let now = self.parts().clock.now();
+        let outcome = outcome.map(|loaded| land_in_memory(token, loaded, now));
+        lead.end(outcome.clone());
         if let Ok(Loaded {
             copy,
             source: Source::Store,
@@ -225,6 +231,20 @@ impl Gateway {
         if let Some(version) = copy.and_then(Copy::version) {
             self.parts().clock.observe(version);
         }
+    }
+}
+
+/// Offers what was found to L1. The answer: that, or what L1 keeps instead, if it may still answer.
+fn land_in_memory(token: Token, loaded: Loaded, now: Timestamp) -> Loaded {
+    match token.land_load(loaded.copy.clone()) {
+        Landing::Refused {
+            standing: Some(standing),
+        } if standing.is_fresh(now) => Loaded {
+            copy: standing,
+            source: Source::L1,
+            stale: false,
+        },
+        Landing::Landed | Landing::Renewed | Landing::Refused { .. } => loaded,
     }
 }
 

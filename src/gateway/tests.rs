@@ -142,6 +142,12 @@ impl Rig {
         self.gateway.parts()
     }
 
+    /// Reads in a task of its own.
+    fn reading(&self, name: &'static str) -> JoinHandle<Result<Found, Error>> {
+        let (gateway, deadline) = (self.gateway.clone(), Instant::now() + PATIENCE);
+        tokio::spawn(async move { gateway.get(&key(name), Cached, deadline).await })
+    }
+
     /// Puts in a task of its own.
     fn putting(&self, name: &str, value: &str, mode: WriteMode) -> JoinHandle<Result<Written, Error>> {
         self.putting_within(name, value, mode, PATIENCE)
@@ -395,13 +401,9 @@ async fn a_reader_that_goes_away_leaves_its_load_to_those_who_joined() {
     let version = rig.ahead(Duration::ZERO);
     rig.put_past("k", "value", version);
     let release = rig.hang(Call::Load);
-    let reading = || {
-        let gateway = rig.gateway.clone();
-        tokio::spawn(async move { gateway.get(&key("k"), Cached, Instant::now() + PATIENCE).await })
-    };
-    let first = reading();
+    let first = rig.reading("k");
     rig.called(Call::Load, 1).await;
-    let others: Vec<_> = (0..10).map(|_| reading()).collect();
+    let others: Vec<_> = (0..10).map(|_| rig.reading("k")).collect();
     eventually(|| rig.parts().metrics.loads_joined.get() == 10).await;
     first.abort();
     release.notify_one();
@@ -574,8 +576,7 @@ async fn an_absence_is_known_briefly() {
 async fn no_more_keys_are_loaded_at_a_time_than_may_be() {
     let rig = rig(|setup| setup.flights_max = 1);
     let release = rig.hang(Call::Load);
-    let gateway = rig.gateway.clone();
-    let first = tokio::spawn(async move { gateway.get(&key("a"), Cached, Instant::now() + PATIENCE).await });
+    let first = rig.reading("a");
     rig.called(Call::Load, 1).await;
     let refused = rig.get("b", Cached).await.expect_err("there is a load already");
     assert_eq!(
@@ -594,21 +595,54 @@ async fn a_load_that_began_before_a_write_does_not_land_after_it() {
         rig.put_past("k", "old", rig.ahead(Duration::ZERO));
         let (late, release) = Fault::late_reply();
         rig.fake.inject(Call::Load, late);
-        let gateway = rig.gateway.clone();
-        let reading = tokio::spawn(async move { gateway.get(&key("k"), Cached, Instant::now() + PATIENCE).await });
+        let reading = rig.reading("k");
         rig.called(Call::Load, 1).await;
         tokio::time::advance(Duration::from_millis(1)).await;
         rig.put("k", "new", mode).await;
         release.notify_one();
         let found = reading.await.expect("no panic").expect("the store has answered");
-        let old = found.entry.and_then(|entry| entry.value);
-        assert_eq!(
-            old.as_deref(),
-            Some(&b"old"[..]),
-            "it asked before the write was answered"
-        );
+        let value = found.entry.and_then(|entry| entry.value);
+        assert_eq!(value.as_deref(), Some(&b"new"[..]), "it came late, and was told so");
         assert_eq!(rig.read("k", Cached).await, (some("new"), Source::L1), "{mode:?}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_load_does_not_land_after_a_write_that_was_evicted_since() {
+    for mode in [Through, Behind] {
+        let rig = rig(|setup| setup.namespace.write_delay = Duration::from_secs(3600));
+        rig.put_past("k", "old", rig.ahead(Duration::ZERO));
+        let (late, release) = Fault::late_reply();
+        rig.fake.inject(Call::Load, late);
+        let reading = rig.reading("k");
+        rig.called(Call::Load, 1).await;
+        tokio::time::advance(Duration::from_millis(1)).await;
+        rig.put("k", "new", mode).await;
+        rig.evict("k");
+        // Who comes after the write does not join the load from before it.
+        assert_eq!(rig.read("k", Cached).await.0, some("new"), "{mode:?}");
+        rig.evict("k");
+        release.notify_one();
+        reading.await.expect("no panic").expect("the store has answered");
+        assert_eq!(rig.parts().memory.version(&key("k")), None, "{mode:?}");
+        assert_eq!(rig.read("k", Cached).await.0, some("new"), "{mode:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_through_does_not_land_after_a_newer_one_that_was_evicted_since() {
+    let rig = rig(|_| ());
+    let (late, release) = Fault::late_reply();
+    rig.fake.inject(Call::Commit, late);
+    let writing = rig.putting("k", "ours", Through);
+    rig.called(Call::Commit, 1).await;
+    rig.put_past("k", "theirs", rig.ahead(Duration::from_secs(1)));
+    assert_eq!(rig.read("k", Cached).await.0, some("theirs"));
+    rig.evict("k");
+    release.notify_one();
+    writing.await.expect("no panic").expect("it was committed");
+    assert_eq!(rig.parts().memory.version(&key("k")), None);
+    assert_eq!(rig.read("k", Cached).await, (some("theirs"), Source::Store));
 }
 
 /// A gateway with a copy of `k` in L1 that the next read renews.
@@ -639,6 +673,23 @@ async fn a_refresh_puts_nothing_older_over_a_write() {
         assert_eq!(rig.parts().memory.version(&key("k")), Some(new), "{mode:?}");
         assert_eq!(rig.read("k", Cached).await, (some("new"), Source::L1), "{mode:?}");
         assert_eq!(rig.parts().metrics.refreshes.get(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refresh_does_not_land_after_a_write_that_was_evicted_since() {
+    for mode in [Through, Behind] {
+        let rig = due_for_a_refresh(1).await;
+        let (late, release) = Fault::late_reply();
+        rig.fake.inject(Call::Load, late);
+        assert_eq!(rig.read("k", Cached).await, (some("old"), Source::L1), "nobody waits");
+        rig.called(Call::Load, 1).await;
+        rig.put("k", "new", mode).await;
+        rig.evict("k");
+        release.notify_one();
+        eventually(|| rig.parts().refreshes.0.available_permits() == 1).await;
+        assert_eq!(rig.parts().memory.version(&key("k")), None, "{mode:?}");
+        assert_eq!(rig.read("k", Cached).await.0, some("new"), "{mode:?}");
     }
 }
 

@@ -79,6 +79,8 @@ impl Gateway {
     /// Stamp, commit, and stamp anew while something newer stands: then tell the tiers above the store.
     async fn commit(&self, draft: Draft) -> Result<Written, Error> {
         let parts = self.parts();
+        // Before the stamp: what lands from now on may be newer, even if it is gone when this lands.
+        let token = parts.memory.leave_token(&draft.key);
         let mut write = draft.stamped(self.stamp(&draft.key, None)?);
         while let Committed::Superseded { standing } = parts.commits.commit(write.clone(), draft.deadline).await? {
             write.entry.version = self.stamp(&draft.key, Some(standing))?;
@@ -86,7 +88,8 @@ impl Gateway {
         parts.queue.overtake(&write.key, write.entry.version);
         let copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         self.publish(&write, &copy).await;
-        self.land_in_memory(&write.key, copy);
+        parts.flights.detach(&write.key);
+        token.land_write(copy);
         Ok(Written {
             version: write.entry.version,
             durability: Durability::Store,
@@ -103,6 +106,7 @@ impl Gateway {
     /// accepted. No reader can see it before it is as durable as it is to be.
     async fn accept(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
         let (parts, lane) = (self.parts(), &self.inner.lane);
+        let token = parts.memory.leave_token(&draft.key);
         let passage = parts.queue.enter(&draft.key);
         let mut write = draft.stamped(self.stamp(&draft.key, None)?);
         let mut held = parts.queue.append(lane, claim, &write, draft.deadline).await?;
@@ -140,14 +144,12 @@ impl Gateway {
             Durability::Memory
         };
         let (key, version) = (write.key.clone(), write.entry.version);
-        // Into L1 before the drain can have it: what the store rejects is taken out of L1 afterwards, never before it got there.
-        parts.memory.land(&key, copy);
-        let pending = parts.queue.accept(write, held, passage, write_delay);
+        parts.queue.accept(write, held, passage, write_delay);
         parts.flights.detach(&key);
-        let standing = parts.memory.version(&key);
-        // A load that began earlier may have landed after an eviction; and what is superseded already is no copy to keep.
-        if let Some(stale) = standing.filter(|standing| *standing < version || (*standing == version && !pending)) {
-            parts.memory.drop_version(&key, stale);
+        token.land_write(copy);
+        // Superseded at once, or drained by now: then the store may have refused it before it was in L1 to be removed.
+        if parts.queue.pending(&key).map(|pending| pending.entry.version) < Some(version) {
+            parts.memory.drop_version(&key, version);
         }
         kill_point!(WritePending);
         Ok(Written { version, durability })
@@ -167,13 +169,6 @@ impl Gateway {
         let redis = self.inner.redis.as_ref()?;
         let landing = redis.land(&write.key, &write.entry, copy.loaded_at, copy.lifetime());
         landing.await.ok()
-    }
-
-    /// The last step of a write that the store has: from here on a load that began before it cannot land.
-    pub(super) fn land_in_memory(&self, key: &Key, copy: Copy) {
-        let parts = self.parts();
-        parts.flights.detach(key);
-        parts.memory.land(key, copy);
     }
 
     /// Runs an admitted write in a task of its own: a client that hangs up cancels its wait, not the write.

@@ -172,7 +172,7 @@ fn any_order_repetition_and_late_redelivery_leave_both_tiers_with_the_highest_ve
         let cache = cache_of(&server).await;
         (server, cache)
     });
-    let memory = Memory::new(&memory::Config::default());
+    let memory = Arc::new(Memory::new(&memory::Config::default()));
     let cases = AtomicI64::new(0);
     let deliveries = writes().prop_flat_map(|writes| {
         let all: Vec<usize> = (0..writes.len()).collect();
@@ -194,7 +194,8 @@ fn any_order_repetition_and_late_redelivery_leave_both_tiers_with_the_highest_ve
                 stands = stands.max(Some(entry.version));
                 let answer = cache.land(&key, entry, NOW, LONG).await;
                 prop_assert_eq!(answer.map(Some), Ok(stands));
-                memory.land(&key, Copy::new(Some(entry.clone()), NOW, LONG));
+                let copy = Copy::new(Some(entry.clone()), NOW, LONG);
+                memory.leave_token(&key).land_write(copy);
             }
             prop_assert_eq!(&standing(&cache, &key).await, &highest);
             prop_assert_eq!(memory.get(&key, NOW).and_then(|copy| copy.entry), highest);

@@ -1,8 +1,11 @@
-//! L1 is a max-register per key, and bounded in bytes, whatever lands on it from wherever.
+//! L1 is a max-register per key, and bounded in bytes, whatever lands on it from wherever; and what comes late lands nowhere. The last,
+//! under every order of events, is in [`late`].
+
+mod late;
 
 use std::{
     sync::{
-        Arc, Barrier,
+        Barrier,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -43,8 +46,47 @@ fn absence() -> Copy {
     Copy::new(None, NOW, MINUTE)
 }
 
-fn memory() -> Memory {
-    Memory::new(&Config::default())
+fn memory() -> Arc<Memory> {
+    memory_of(Config::default().bytes_max)
+}
+
+fn memory_of(bytes_max: usize) -> Arc<Memory> {
+    Arc::new(Memory::new(&Config { bytes_max }))
+}
+
+/// Lands what nothing came in between of.
+fn land(memory: &Arc<Memory>, key: &Key, copy: Copy) -> Landing {
+    memory.leave_token(key).land_write(copy)
+}
+
+/// The same of a load.
+fn load(memory: &Arc<Memory>, key: &Key, copy: Copy) -> Landing {
+    memory.leave_token(key).land_load(copy)
+}
+
+fn refused(standing: Option<Copy>) -> Landing {
+    Landing::Refused { standing }
+}
+
+fn tokens(memory: &Memory) -> usize {
+    memory.tokens.iter().map(|tokens| tokens.lock().len()).sum()
+}
+
+/// Lands another key's copy that is used, too, and so takes the place of what is used no more.
+fn crowd(memory: &Arc<Memory>, number: usize, value_bytes: usize) {
+    let other = key(format!("other {number}"));
+    land(memory, &other, Copy::new(Some(entry(1, value_bytes)), NOW, MINUTE));
+    standing(memory, &other);
+}
+
+/// Crowds an L1 of one shard until a key has lost its place.
+fn evict(memory: &Arc<Memory>, victim: &Key) {
+    for number in 0.. {
+        if memory.version(victim).is_none() {
+            return;
+        }
+        crowd(memory, number, 8);
+    }
 }
 
 fn standing(memory: &Memory, key: &Key) -> Option<Copy> {
@@ -56,7 +98,7 @@ fn a_copy_takes_what_the_overhead_says() {
     assert!(mem::size_of::<Key>() + mem::size_of::<Copy>() <= 96);
     let memory = memory();
     for number in 0..100_000 {
-        memory.land(&key(number), put(1));
+        land(&memory, &key(number), put(1));
     }
     let used = memory.copies.memory_used();
     // Tables grow by doubling, so half of this may be room for more; the allocations of key and value come on top.
@@ -67,7 +109,7 @@ fn a_copy_takes_what_the_overhead_says() {
 fn a_copy_answers_only_while_fresh() {
     let (memory, key) = (memory(), key("k"));
     let end = NOW.after(MINUTE);
-    memory.land(&key, put(1));
+    land(&memory, &key, put(1));
     assert_eq!(memory.get(&key, Timestamp(end.0 - 1)), Some(put(1)));
     assert_eq!(memory.get(&key, end), None);
     // It still refuses what is older.
@@ -86,7 +128,7 @@ fn an_expired_record_and_a_tombstone_come_back_as_they_are() {
     };
     for dead in [expired, tombstone] {
         assert!(!dead.is_live(NOW));
-        memory.land(&key, Copy::new(Some(dead.clone()), NOW, MINUTE));
+        land(&memory, &key, Copy::new(Some(dead.clone()), NOW, MINUTE));
         assert_eq!(memory.get(&key, NOW).and_then(|copy| copy.entry), Some(dead));
     }
 }
@@ -96,13 +138,10 @@ fn an_older_version_is_refused_and_a_newer_one_lands_larger_or_smaller() {
     let (memory, key) = (memory(), key("k"));
     let sized = |number, bytes| Copy::new(Some(entry(number, bytes)), NOW, MINUTE);
     for (number, bytes) in [(2, 10), (3, 1_000), (5, 5), (9, 5)] {
-        assert_eq!(memory.land(&key, sized(number, bytes)), Landing::Landed);
-        let refused = Landing::Refused {
-            standing: sized(number, bytes),
-        };
-        assert_eq!(memory.land(&key, sized(number - 1, 77)), refused);
-        assert_eq!(memory.land(&key, absence()), refused);
-        assert_eq!(memory.land_load(&key, sized(number - 1, 77)), refused);
+        assert_eq!(land(&memory, &key, sized(number, bytes)), Landing::Landed);
+        let refused = refused(Some(sized(number, bytes)));
+        assert_eq!(land(&memory, &key, sized(number - 1, 77)), refused);
+        assert_eq!(load(&memory, &key, sized(number - 1, 77)), refused);
         assert_eq!(standing(&memory, &key), Some(sized(number, bytes)));
     }
 }
@@ -115,49 +154,155 @@ fn the_same_version_renews_the_times_and_only_forward() {
         loaded_at: Timestamp(loaded_at),
         fresh_until: Timestamp(fresh_until),
     };
-    assert_eq!(memory.land(&key, at(20, 100)), Landing::Landed);
-    assert_eq!(memory.land(&key, at(10, 90)), Landing::Renewed);
+    assert_eq!(land(&memory, &key, at(20, 100)), Landing::Landed);
+    assert_eq!(land(&memory, &key, at(10, 90)), Landing::Renewed);
     assert_eq!(standing(&memory, &key), Some(at(20, 100)));
-    assert_eq!(memory.land(&key, at(30, 110)), Landing::Renewed);
+    assert_eq!(land(&memory, &key, at(30, 110)), Landing::Renewed);
     assert_eq!(standing(&memory, &key), Some(at(30, 110)));
 }
 
 #[test]
-fn an_absence_lands_over_an_entry_only_from_a_load() {
+fn an_absence_lands_only_where_its_token_stands_and_gives_way_to_any_entry() {
     let (memory, key) = (memory(), key("k"));
-    assert_eq!(memory.land(&key, absence()), Landing::Landed);
-    assert_eq!(memory.land(&key, absence()), Landing::Renewed);
-    assert_eq!(memory.land(&key, put(1)), Landing::Landed);
-    assert_eq!(memory.land(&key, absence()), Landing::Refused { standing: put(1) });
-    assert_eq!(memory.land_load(&key, absence()), Landing::Landed);
-    assert_eq!(standing(&memory, &key), Some(absence()));
+    assert_eq!(load(&memory, &key, absence()), Landing::Landed);
+    assert_eq!(load(&memory, &key, absence()), Landing::Landed);
+    assert_eq!(load(&memory, &key, put(1)), Landing::Landed);
+    assert_eq!(load(&memory, &key, absence()), Landing::Landed, "the store was asked");
+    let late = memory.leave_token(&key);
+    assert_eq!(land(&memory, &key, put(2)), Landing::Landed);
+    assert_eq!(late.land_load(absence()), refused(Some(put(2))));
+    assert_eq!(standing(&memory, &key), Some(put(2)));
 }
 
 #[test]
 fn a_version_is_dropped_only_while_it_stands() {
     let (memory, key) = (memory(), key("k"));
-    memory.land(&key, put(2));
+    land(&memory, &key, put(2));
     assert!(!memory.drop_version(&key, version(1)));
     assert!(!memory.drop_version(&key, version(3)));
     assert_eq!(standing(&memory, &key), Some(put(2)));
     assert!(memory.drop_version(&key, version(2)));
     assert!(memory.is_empty());
-    memory.land(&key, absence());
+    load(&memory, &key, absence());
     assert!(!memory.drop_version(&key, version(2)));
+    assert_eq!(standing(&memory, &key), Some(absence()));
+}
+
+#[test]
+fn an_invalidation_removes_what_is_older_and_a_known_absence() {
+    let (memory, key) = (memory(), key("k"));
+    for (stands, stays) in [(absence(), false), (put(4), false), (put(5), true), (put(6), true)] {
+        memory.leave_token(&key).land_load(stands.clone());
+        assert_eq!(memory.invalidate(&key, version(5)), !stays, "{stands:?}");
+        assert_eq!(standing(&memory, &key), stays.then_some(stands));
+        memory.invalidate(&key, version(99));
+    }
+    assert!(!memory.invalidate(&key, version(1)), "there is nothing");
+}
+
+#[test]
+fn whatever_changes_the_slot_ends_the_right_of_who_came_before() {
+    let changes: [fn(&Arc<Memory>, &Key); 6] = [
+        |memory, key| {
+            land(memory, key, put(9));
+        },
+        |memory, key| {
+            land(memory, key, put(1));
+        },
+        |memory, key| {
+            memory.invalidate(key, version(9));
+        },
+        |memory, key| {
+            memory.invalidate(key, version(1));
+        },
+        |memory, key| {
+            memory.drop_version(key, version(5));
+        },
+        evict,
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let (memory, key) = (memory_of(10_000), key("k"));
+        land(&memory, &key, put(5));
+        let tokens = [(); 3].map(|()| memory.leave_token(&key));
+        assert_eq!(
+            standing(&memory, &key),
+            Some(put(5)),
+            "it stays readable beside a token"
+        );
+        change(&memory, &key);
+        // Now the slot forgets.
+        if memory.version(&key).is_some() {
+            evict(&memory, &key);
+        }
+        let [load, write, asked] = tokens;
+        assert_eq!(load.land_load(put(7)), refused(None), "change {number}");
+        assert_eq!(write.land_write(put(7)), refused(None), "change {number}");
+        assert_eq!(asked.land_load(absence()), refused(None), "change {number}");
+        assert_eq!(standing(&memory, &key), None);
+    }
+}
+
+#[test]
+fn late_and_newer_than_what_stands_a_write_lands_and_a_load_removes() {
+    let (memory, key) = (memory(), key("k"));
+    let tokens = [(); 4].map(|()| memory.leave_token(&key));
+    let [first, write, load, over_absence] = tokens;
+    assert_eq!(first.land_write(put(1)), Landing::Landed);
+    assert_eq!(write.land_write(put(2)), Landing::Landed, "over an older entry");
+    assert_eq!(load.land_load(put(3)), refused(None), "it may have been withdrawn");
+    assert_eq!(standing(&memory, &key), None, "and may not have been");
+    self::load(&memory, &key, absence());
+    assert_eq!(over_absence.land_write(put(4)), refused(None));
+    assert_eq!(standing(&memory, &key), None, "a write leaves nothing older");
+}
+
+#[test]
+fn tokens_are_no_answer_take_no_room_and_go_with_their_holders() {
+    let memory = memory_of(10_000);
+    for number in 0.. {
+        land(&memory, &key(format!("copy {number}")), put(1));
+        if memory.len() <= number {
+            break;
+        }
+    }
+    let (len, bytes) = (memory.len(), memory.bytes());
+    let left: Vec<Token> = (0..10_000)
+        .map(|number| memory.leave_token(&key(number % 5_000)))
+        .collect();
+    assert_eq!((memory.len(), memory.bytes()), (len, bytes), "nothing is evicted");
+    assert_eq!(memory.get(&key(0), NOW), None);
+    assert_eq!(memory.version(&key(0)), None);
+    assert_eq!(tokens(&memory), 5_000, "one for all of a key's holders");
+    drop(left);
+    assert_eq!(tokens(&memory), 0);
+}
+
+#[test]
+fn a_token_is_given_back_by_its_own_holders_only() {
+    let (memory, key) = (memory(), key("k"));
+    let (gone, shared) = (memory.leave_token(&key), memory.leave_token(&key));
+    drop(gone);
+    assert_eq!(shared.land_load(put(1)), Landing::Landed);
+    let old = memory.leave_token(&key);
+    memory.drop_version(&key, version(1));
+    let new = memory.leave_token(&key);
+    drop(old);
+    assert_eq!(new.land_load(put(1)), Landing::Landed);
+    assert_eq!(tokens(&memory), 0);
 }
 
 #[test]
 fn no_bytes_keep_nothing() {
-    let memory = Memory::new(&Config { bytes_max: 0 });
-    memory.land(&key("k"), put(1));
+    let memory = memory_of(0);
+    assert_eq!(land(&memory, &key("k"), put(1)), Landing::Landed);
     assert_eq!(standing(&memory, &key("k")), None);
 }
 
 #[test]
 fn a_copy_too_large_to_keep_still_ends_the_older_one() {
-    let (memory, key) = (Memory::new(&Config { bytes_max: 10_000 }), key("k"));
-    memory.land(&key, put(1));
-    memory.land(&key, Copy::new(Some(entry(2, 20_000)), NOW, MINUTE));
+    let (memory, key) = (memory_of(10_000), key("k"));
+    land(&memory, &key, put(1));
+    land(&memory, &key, Copy::new(Some(entry(2, 20_000)), NOW, MINUTE));
     assert_eq!(standing(&memory, &key), None);
     assert_eq!(memory.bytes(), 0);
 }
@@ -165,13 +310,13 @@ fn a_copy_too_large_to_keep_still_ends_the_older_one() {
 #[test]
 fn the_bytes_hold_as_copies_come_and_grow_in_place() {
     let bytes_max = 1_000_000;
-    let memory = Memory::new(&Config { bytes_max });
+    let memory = memory_of(bytes_max);
     let mut rng = rand::rng();
     for number in 1..30_000 {
         // Few enough keys that most landings replace, and values that grow over time.
         let bytes = rng.random_range(0..=number as usize);
         let key = key(rng.random_range(0..200));
-        memory.land(&key, Copy::new(Some(entry(number, bytes)), NOW, MINUTE));
+        land(&memory, &key, Copy::new(Some(entry(number, bytes)), NOW, MINUTE));
         assert!(memory.bytes() <= bytes_max as u64);
     }
     let found: usize = (0..200)
@@ -211,13 +356,12 @@ fn concurrent_landings_leave_the_highest_and_a_reader_never_sees_a_step_back() {
                         let bytes = rng.random_range(0..64);
                         let copy = Copy::new(Some(entry(number, bytes)), NOW, MINUTE);
                         let key = key(rng.random_range(0..KEYS));
-                        memory.land(&key, copy);
-                        let stands = standing(memory, &key).and_then(|copy| copy.version());
-                        // Empty for the moment in which a larger copy comes in.
-                        assert!(stands.is_none_or(|stands| stands >= version(number)));
+                        land(memory, &key, copy);
+                        let stands = memory.version(&key);
+                        assert!(stands.is_some_and(|stands| stands >= version(number)));
                     }
                     for name in 0..KEYS {
-                        memory.land(&key(name), put(LANDINGS * 3 + 100 + writer));
+                        land(memory, &key(name), put(LANDINGS * 3 + 100 + writer));
                     }
                 })
             })
@@ -234,7 +378,7 @@ fn concurrent_landings_leave_the_highest_and_a_reader_never_sees_a_step_back() {
 
 #[test]
 fn whoever_lands_on_an_emptied_slot_at_once_leaves_the_highest() {
-    let memory = Arc::new(memory());
+    let memory = memory();
     let barrier = Arc::new(Barrier::new(3));
     let threads: Vec<_> = (1..=3)
         .map(|number| {
@@ -242,7 +386,7 @@ fn whoever_lands_on_an_emptied_slot_at_once_leaves_the_highest() {
             thread::spawn(move || {
                 for round in 0..5_000 {
                     barrier.wait();
-                    memory.land(&key(round), put(number));
+                    land(&memory, &key(round), put(number));
                 }
             })
         })
@@ -288,7 +432,7 @@ proptest! {
     ) {
         let (memory, key) = (memory(), key("k"));
         for index in first.iter().chain(&second) {
-            memory.land(&key, Copy::new(Some(writes[*index].clone()), NOW, MINUTE));
+            land(&memory, &key, Copy::new(Some(writes[*index].clone()), NOW, MINUTE));
         }
         let highest = writes.iter().max_by_key(|entry| entry.version).cloned();
         prop_assert_eq!(standing(&memory, &key).and_then(|copy| copy.entry), highest);

@@ -49,6 +49,32 @@ impl Rig {
         let outcome = self.putting(name, "value", mode).await.expect("no panic");
         outcome.map_err(|error| (error.kind(), error.outcome()))
     }
+
+    /// Puts, write-behind, and stops the disk until the sender is dropped: the write is stamped, and not synced.
+    async fn putting_slowly(
+        &self,
+        name: &str,
+        value: &str,
+        disk: &SimFs,
+    ) -> (JoinHandle<Result<Written, Error>>, mpsc::Sender<()>) {
+        // The journal needs the disk to begin with.
+        self.put("first", "value", Behind).await;
+        let (go_on, stopped) = mpsc::channel::<()>();
+        let (said, reached) = mpsc::channel();
+        disk.set_probe(Box::new(move |_| {
+            let _ = said.send(());
+            let _ = stopped.recv();
+        }));
+        let last = self.clock().stamp(None).expect("there is a lease");
+        let next = Version::new(last.get() + (1 << NODE_BITS)).expect("positive");
+        let writing = self.putting(name, value, Behind);
+        eventually(|| self.clock().stamped_since(next)).await;
+        tokio::task::spawn_blocking(move || reached.recv())
+            .await
+            .expect("no panic")
+            .expect("the disk is asked");
+        (writing, go_on)
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -57,18 +83,7 @@ async fn nothing_shows_before_it_is_on_disk() {
     let rig = rig_of(&disk);
     let before = rig.put("k", "before", Behind).await;
     rig.drained().await;
-    // The disk stops until it is let go on.
-    let (go_on, stopped) = mpsc::channel::<()>();
-    let (said, reached) = mpsc::channel();
-    disk.set_probe(Box::new(move |_| {
-        let _ = said.send(());
-        let _ = stopped.recv();
-    }));
-    let writing = rig.putting("k", "after", Behind);
-    tokio::task::spawn_blocking(move || reached.recv())
-        .await
-        .expect("no panic")
-        .expect("the disk is asked");
+    let (writing, go_on) = rig.putting_slowly("k", "after", &disk).await;
     for consistency in EVERY {
         let found = rig.get("k", consistency).await.expect("a tier answers");
         assert_eq!(found.entry.map(|entry| entry.version), Some(before), "{consistency:?}");
@@ -84,6 +99,45 @@ async fn nothing_shows_before_it_is_on_disk() {
             Some(after.version),
             "{consistency:?}"
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_behind_does_not_land_after_a_newer_one_that_was_evicted_since() {
+    let disk = SimFs::default();
+    let rig = rig_of(&disk);
+    // So that it stays pending, and nothing takes it out of L1 if it gets there.
+    rig.fake.script(refusing(Call::Commit));
+    let (writing, go_on) = rig.putting_slowly("k", "ours", &disk).await;
+    rig.put_past("k", "theirs", rig.ahead(Duration::from_secs(3600)));
+    assert_eq!(rig.read("k", Cached).await.0.as_deref(), Some("theirs"));
+    rig.evict("k");
+    drop(go_on);
+    let ours = writing.await.expect("no panic").expect("written").version;
+    let pending = rig.queue().pending(&key("k")).map(|pending| pending.entry.version);
+    assert_eq!(pending, Some(ours));
+    assert_eq!(rig.parts().memory.version(&key("k")), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_behind_that_is_superseded_on_its_way_leaves_neither_itself_nor_anything_older_in_l1() {
+    for landed in [false, true] {
+        let disk = SimFs::default();
+        let rig = rig_of(&disk);
+        let older = rig.put("k", "older", Through).await;
+        let (writing, go_on) = rig.putting_slowly("k", "slow", &disk).await;
+        let newer = if landed {
+            rig.put("k", "newer", Through).await
+        } else {
+            // A write-through that is committed, and has not told L1.
+            let newer = rig.ahead(Duration::from_secs(1));
+            rig.queue().overtake(&key("k"), newer);
+            newer
+        };
+        drop(go_on);
+        let slow = writing.await.expect("no panic").expect("written").version;
+        assert!(older < slow && slow < newer);
+        assert_eq!(rig.parts().memory.version(&key("k")), landed.then_some(newer));
     }
 }
 
