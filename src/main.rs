@@ -219,8 +219,7 @@ async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     let mut running = tokio::select! {
         started = Running::start(config) => started?,
         () = signals.next() => {
-            tracing::info!("stopped before it served");
-            return Ok(ExitCode::SUCCESS);
+            return Ok(stopped_early(config));
         }
     };
     let died = tokio::select! {
@@ -238,6 +237,26 @@ async fn run(config: &Config) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(EXIT_AT_ONCE))
         }
     }
+}
+
+/// How a start ended that was told to stop.
+fn stopped_early(config: &Config) -> ExitCode {
+    let journal = DiskFs::to_read(&config.journal_dir()).and_then(|fs| inspect::inspect(&fs).map_err(io::Error::other));
+    let nothing_left = match &journal {
+        Ok(inspection) => inspection.refusal.is_none() && inspection.live_writes == 0,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    if nothing_left {
+        tracing::info!("stopped before it served");
+        return ExitCode::SUCCESS;
+    }
+    // Not known where it cannot be read.
+    let writes = journal.ok().map(|inspection| inspection.live_writes);
+    tracing::error!(
+        writes,
+        "stopped before it served; what is in the journal comes back with the next start"
+    );
+    ExitCode::from(EXIT_LEFT_BEHIND)
 }
 
 fn say(out: &mut impl Write, line: &str) {

@@ -1,7 +1,7 @@
 //! Proves that a write-behind write that was answered outlives the process: killed at any moment, or stopped in order with a store that
 //! does not take what is left, the next start reads it back, and it reaches the store. What rests on memory alone is told, and lost.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use tidegate::rpc::proto::{Durability, Entry, Source};
 use tokio::{net::TcpListener, time::timeout};
@@ -11,8 +11,9 @@ use crate::harness::{
     Client, Database, Gateway, Mode, SOON, Setup,
     client::{EVERY, assert_come_back, seen},
     eventually, expect,
-    gateway::line,
+    gateway::{data_dir, line},
     postgres::{Server, Stop},
+    process::Directory,
 };
 
 /// Writes wait longer than any test for others to join them, so that all of them are pending when the process ends.
@@ -478,6 +479,28 @@ async fn a_start_that_fails_leaves_everything_in_the_journal() {
     hold.release().await;
     gateway.drained().await;
     assert_eq!(database.records("orders").await.len(), BACKLOG);
+}
+
+#[tokio::test]
+async fn a_start_that_is_told_to_stop_says_whether_something_is_left() {
+    let mut postgres = Server::start().await;
+    let database = Database::at(&postgres.create_database().await);
+    let setup = Setup::new().store(database.url());
+    let mut gateway = setup.clone().config(LONG_DELAYS).start().await;
+    gateway.client.put("key", b"value", Mode::Behind).await.unwrap();
+    gateway.kill().await;
+    postgres.stop(Stop::Fast).await;
+    let left = gateway.leave();
+    // Without it, the start waits for the store.
+    fs::remove_file(data_dir(&left).join("lease")).unwrap();
+    for (directory, code) in [(&left, 75), (&Directory::new("gateway"), 0)] {
+        let exit = setup.stop_while_it_starts_in(directory, "waiting for the store").await;
+        assert_eq!(exit.code, Some(code), "{}", exit.log);
+    }
+    postgres.start_again().await;
+    let gateway = setup.start_in(left).await;
+    gateway.drained().await;
+    assert_eq!(database.records("orders").await, ["key"]);
 }
 
 /// A recovered write is the source of an answer until the store has it; then it is a copy like any other.

@@ -139,6 +139,22 @@ impl Setup {
         }
     }
 
+    /// Starts a gateway that cannot serve yet, and asks it to stop once its log says `text`.
+    pub async fn stop_while_it_starts_in(&self, directory: &Directory, text: &str) -> Exit {
+        let mut process = self.run(directory);
+        eventually(&format!("the gateway says {text:?}"), SOON, async || {
+            let log = process.stderr();
+            if log.contains(text) { Ok(()) } else { Err(log) }
+        })
+        .await;
+        process.signal("TERM");
+        let code = process.wait(SOON).await.code();
+        Exit {
+            code,
+            log: process.stderr(),
+        }
+    }
+
     fn run(&self, directory: &Directory) -> Process {
         let path = directory.path();
         let file = path.join("tidegate.toml");
