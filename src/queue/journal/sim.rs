@@ -7,7 +7,9 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fmt, io, mem,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    io, mem,
     sync::Arc,
 };
 
@@ -113,6 +115,15 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// The same for disks that a process cannot tell apart.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (name, file) in &self.names {
+            (name, &self.files[*file].current).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
     /// Does what `op` says.
     pub fn apply(&mut self, op: &Op) {
         match op {

@@ -1,6 +1,8 @@
 //! Proves that a loss of power at any operation of the disk, losing whatever was not synced in any way, leaves a journal that recovers to
 //! a prefix of what was appended, with everything that was acknowledged and not released; also when it strikes again.
 
+use std::collections::HashSet;
+
 use super::{Driver, Expected, small};
 use crate::queue::journal::{
     format::GROUP_HEADER_BYTES,
@@ -11,15 +13,25 @@ use crate::queue::journal::{
 const CHANCES: usize = 12;
 
 /// Counts what was tried.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Tally {
-    images: usize,
+    recoveries: usize,
+    /// What was recovered, by its fingerprint: many a loss leaves what another one left.
+    images: HashSet<u64>,
     boundaries: usize,
     /// What the workloads did, for a proof about what never happens proves nothing.
     rotations: usize,
     recycled: usize,
     moved: u64,
     empty_groups: usize,
+}
+
+impl Tally {
+    /// A disk as a crash left it, which is about to be recovered.
+    fn add(&mut self, image: &Disk) {
+        self.recoveries += 1;
+        self.images.insert(image.fingerprint());
+    }
 }
 
 /// Every kind of loss that is worth trying on a disk.
@@ -40,7 +52,7 @@ fn losses(disk: &Disk, dice: &mut Dice) -> Vec<Loss> {
 /// Recovers a disk after a crash and checks it; then, now and then, crashes the recovery, or appends to what was recovered and
 /// crashes that.
 fn recover(image: Disk, expected: &Expected<'_>, dice: &mut Dice, tally: &mut Tally, context: &dyn Fn() -> String) {
-    tally.images += 1;
+    tally.add(&image);
     let config = small();
     let fs = SimFs::new(image.clone(), Faults::default());
     let (mut driver, found) = match Driver::open(&fs, &config, Dice::new(dice.below(usize::MAX) as u64)) {
@@ -55,8 +67,9 @@ fn recover(image: Disk, expected: &Expected<'_>, dice: &mut Dice, tally: &mut Ta
             for (index, op) in fs.log().iter().enumerate() {
                 disk.apply(op);
                 let loss = Loss::Chance(Dice::new(dice.below(usize::MAX) as u64));
-                tally.images += 1;
-                let fs = SimFs::new(disk.crashed(&loss), Faults::default());
+                let crashed = disk.crashed(&loss);
+                tally.add(&crashed);
+                let fs = SimFs::new(crashed, Faults::default());
                 let context = || format!("{}, then {loss:?} after operation {index} of the recovery", context());
                 match Driver::open(&fs, &config, Dice::new(0)) {
                     Ok((_, found)) => expected.check(&found, &context),
@@ -79,8 +92,9 @@ fn recover(image: Disk, expected: &Expected<'_>, dice: &mut Dice, tally: &mut Ta
                 disk.apply(op);
             }
             let loss = Loss::Chance(Dice::new(dice.below(usize::MAX) as u64));
-            tally.images += 1;
-            let again = SimFs::new(disk.crashed(&loss), Faults::default());
+            let crashed = disk.crashed(&loss);
+            tally.add(&crashed);
+            let again = SimFs::new(crashed, Faults::default());
             let context = || format!("{}, then {loss:?} after operation {crash_at} of {ops}", context());
             let expected = driver.history.after(crash_at);
             match Driver::open(&again, &config, Dice::new(0)) {
@@ -144,12 +158,26 @@ fn crash_everywhere(seed: u64, steps: usize, tally: &mut Tally) {
 fn a_crash_at_any_operation_loses_nothing_that_was_acknowledged() {
     let mut tally = Tally::default();
     let mut seed = 1;
-    while tally.images < 50_000 {
+    while tally.images.len() < 50_000 {
         crash_everywhere(seed, 250, &mut tally);
         seed += 1;
     }
-    println!("seeds 1 to {}: {tally:?}", seed - 1);
-    assert!(tally.rotations > 50 && tally.recycled > 50 && tally.moved > 50 && tally.empty_groups > 20);
+    let Tally {
+        recoveries,
+        images,
+        boundaries,
+        rotations,
+        recycled,
+        moved,
+        empty_groups,
+    } = tally;
+    println!(
+        "seeds 1 to {}: {} different images, {recoveries} recoveries, {boundaries} boundaries, {rotations} rotations, \
+         {recycled} recycled, {moved} moved, {empty_groups} empty groups",
+        seed - 1,
+        images.len()
+    );
+    assert!(rotations > 50 && recycled > 50 && moved > 50 && empty_groups > 20);
 }
 
 /// The proof above can fail: with each planted fault it does.
