@@ -367,11 +367,24 @@ impl Ledger {
             }
             self.keep(Some(key), what);
         }
-        for write in &mut self.writes {
-            if write.outcome == Outcome::Open && write.version.is_none() {
-                write.outcome = Outcome::Closed;
+        let mut unknown_deletes: HashMap<Key, usize> = HashMap::new();
+        for write in self.writes.iter_mut().filter(|write| write.version.is_none()) {
+            match write.outcome {
+                Outcome::Open => write.outcome = Outcome::Closed,
+                Outcome::Unknown if write.asked == Asked::Delete => *unknown_deletes.entry(write.key).or_default() += 1,
+                _ => {}
             }
         }
+        // A delete that can come no more excuses nothing that is shown from now on.
+        for (key, log) in &mut self.keys {
+            log.open_deletes = log.open_deletes.min(unknown_deletes.get(key).copied().unwrap_or(0));
+        }
+    }
+
+    /// Whether a version of a key is known to be a put.
+    pub fn is_put(&self, key: Key, version: i64) -> bool {
+        let author = self.keys.get(&key).and_then(|log| log.authors.get(&version));
+        matches!(author, Some(Author::Write(write)) if self.writes[*write].asked != Asked::Delete)
     }
 
     /// The last writes of a key, for people.

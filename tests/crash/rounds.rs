@@ -378,6 +378,15 @@ impl Run {
             })
             .await;
             let Some(version) = answer.entry.map(|entry| entry.version) else {
+                let mut ledger = self.ledger.lock();
+                if consistency == ReadConsistency::Store
+                    && let Some(put) = stands.filter(|version| ledger.is_put(key, *version))
+                {
+                    ledger.complain_at(
+                        Some(key),
+                        format!("a read of the store shows nothing, and the put {put} stands"),
+                    );
+                }
                 continue;
             };
             let ahead = Some(version) > stands && key.namespace != VOLATILE;
