@@ -1,8 +1,8 @@
 //! The crash test: the real binary under load, killed for real, started again on what it left, and judged.
 //!
 //! `KILLS` says how many kills must count (100), `SEED` repeats the choices of an earlier run. One line at the end says how it went; the exit
-//! code is 1 when an acknowledged write was lost or a rule was broken. A kill leaves the page cache whole: what a loss of power does to the
-//! journal is proved by its own tests, on a simulated disk.
+//! code is 1 when an acknowledged write was lost or a rule was broken, and when so many kills left a kill point out. A kill leaves the page
+//! cache whole: what a loss of power does to the journal is proved by its own tests, on a simulated disk.
 
 #![allow(
     clippy::unwrap_used,
@@ -37,6 +37,8 @@ use rounds::Run;
 async fn main() -> ExitCode {
     let kills = number("KILLS").unwrap_or(100) as u32;
     let seed = number("SEED").unwrap_or_else(|| u64::from(rand::random::<u32>()));
+    // At once: a run that panics has no last line.
+    eprintln!("crash: seed={seed}");
     let mut run = Run::start(rand::random()).await;
     let ended = run.kill(kills, seed).await;
     if let Err(broken) = ended {
@@ -63,7 +65,14 @@ async fn main() -> ExitCode {
         tally.stops,
         tally.checks,
     );
-    if ledger.lost + ledger.violations > 0 {
+    let missed = run.missed();
+    if !missed.is_empty() {
+        eprintln!(
+            "crash: so many kills, and none at {}: nothing is broken, and that much is not proved",
+            missed.join(", ")
+        );
+    }
+    if ledger.lost + ledger.violations > 0 || !missed.is_empty() {
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

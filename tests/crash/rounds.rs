@@ -134,16 +134,7 @@ impl Run {
                 break;
             }
         }
-        self.judge_at_rest(&plan).await?;
-        let missed: Vec<&str> = KILL_POINTS
-            .iter()
-            .map(|(name, ..)| *name)
-            .filter(|name| !self.tally.reached.contains(name))
-            .collect();
-        if self.tally.kills >= KILLS_FOR_ALL && !missed.is_empty() {
-            return Err(Broken(format!("so many kills, and none at {}", missed.join(", "))));
-        }
-        Ok(())
+        self.judge_at_rest(&plan).await
     }
 
     /// Judges in the end, by a gateway that does not come to a kill point while it is asked.
@@ -155,6 +146,15 @@ impl Run {
         }
         self.judge().await;
         Ok(())
+    }
+
+    /// The kill points that should have been reached by so many kills, and were not.
+    pub fn missed(&self) -> Vec<&'static str> {
+        let all = KILL_POINTS.iter().map(|(name, ..)| *name);
+        let due = |_: &&str| self.tally.kills >= KILLS_FOR_ALL;
+        all.filter(due)
+            .filter(|name| !self.tally.reached.contains(name))
+            .collect()
     }
 
     fn is_wrong(&self) -> bool {
