@@ -64,7 +64,7 @@ async fn exactly_the_poison_rows_become_dead_letters() {
             value: Some(POISON.to_vec()),
         })
         .collect();
-    assert_eq!(database.dead_letters().await, expected);
+    assert_eq!(database.dead_letters().await, expected, "the poison rows and no others");
     assert_eq!(
         gateway.metric("tidegate_store_dead_letters_total", &[]).await,
         poison.len() as f64
