@@ -17,12 +17,16 @@ use crate::{
     store::Store,
 };
 
-/// Small segments and small batches, so that there are many of both, some of them under way at the same time.
+/// Small segments and small batches, so that there are many of both, some of them under way at the same time. And patience with Redis: what
+/// a publish that timed out leaves there is older than what was acknowledged, which is not what is judged here.
 const CONFIG: &str = r#"
 [journal]
 segment_bytes = 1048576
 bytes_max = 8388608
 idle_sync = "100ms"
+
+[redis]
+timeout = "5s"
 
 [rpc]
 value_bytes_max = 65536
