@@ -68,6 +68,8 @@ pub struct Clock {
     reserved: AtomicI64,
     /// When stamping ends unless the lease is renewed, in milliseconds since the Unix epoch.
     leased_until: AtomicI64,
+    /// How far this clock was ahead of the store's when they were last compared, in milliseconds.
+    offset: AtomicI64,
 }
 
 impl Clock {
@@ -85,6 +87,7 @@ impl Clock {
             floor,
             reserved: AtomicI64::new(floor),
             leased_until: AtomicI64::new(i64::MAX),
+            offset: AtomicI64::new(0),
         }
     }
 
@@ -159,6 +162,16 @@ impl Clock {
     /// Lets stamping go on until `until`.
     pub fn lease_until(&self, until: Timestamp) {
         self.leased_until.store(until.0, Ordering::Relaxed);
+    }
+
+    /// How far this clock was ahead of the store's when they were last compared, in milliseconds; negative behind it, 0 until then.
+    pub fn offset(&self) -> i64 {
+        self.offset.load(Ordering::Relaxed)
+    }
+
+    /// This clock and the store's have been compared: it is so many milliseconds ahead.
+    pub fn set_offset(&self, millis: i64) {
+        self.offset.store(millis, Ordering::Relaxed);
     }
 
     fn observe_at(&self, version: Version, now: Timestamp) {

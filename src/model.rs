@@ -191,6 +191,18 @@ impl fmt::Debug for Version {
     }
 }
 
+/// A time of the shared cache, or of one namespace in it: part of every key there, so a new one empties it. Positive and random; two are
+/// the same or not, and neither is later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Epoch(pub i64);
+
+impl Epoch {
+    /// An epoch that never was.
+    pub fn random() -> Epoch {
+        Epoch(rand::random_range(1..=i64::MAX))
+    }
+}
+
 /// What one write made of a key.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Entry {

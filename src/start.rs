@@ -11,7 +11,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
-    sync::mpsc,
+    sync::{Notify, mpsc},
     task::{JoinError, JoinHandle, JoinSet},
     time::{Instant, timeout},
 };
@@ -23,6 +23,7 @@ use crate::{
         memory::Memory,
         redis,
     },
+    clock::Clock,
     config::{Config, Url},
     data_dir::{DataDir, DataDirError},
     error::Error,
@@ -35,7 +36,7 @@ use crate::{
     },
     rpc::serve::Server,
     shutdown,
-    store::{Store, StoreError, collect, commit::GroupCommit, load::GroupLoad, watch},
+    store::{Store, StoreError, collect, commit::GroupCommit, control, load::GroupLoad, watch},
     telemetry::Metrics,
 };
 
@@ -44,6 +45,9 @@ const TASKS_WAIT: Duration = Duration::from_secs(3);
 
 /// How long the journal may take to note on disk what has left it: a courtesy to the next start.
 const JOURNAL_WAIT: Duration = Duration::from_secs(3);
+
+/// How long a start waits for the control row, from a store that has just leased it a node id.
+const CONTROL_WAIT: Duration = Duration::from_secs(2);
 
 /// How many notices of the queue are passed on to Redis at a time.
 const NOTICES_AT_A_TIME: usize = 64;
@@ -135,6 +139,7 @@ impl Running {
         let clock = opened
             .lease(config, &data_dir, recovered.high_water, &mut tasks)
             .await?;
+        let _control = follow_control(&store, &clock, &mut tasks).await;
         let queue = queue::Parts {
             store: store.clone(),
             clock,
@@ -262,6 +267,18 @@ impl Tasks {
             self.running.spawn(handle);
         }
     }
+}
+
+/// What all gateways of the store share, from now on; with a store that answers it is known, and the clocks are compared, when this returns.
+async fn follow_control(store: &Store, clock: &Arc<Clock>, tasks: &mut Tasks) -> (control::Follower, Arc<Notify>) {
+    let wake = Arc::new(Notify::new());
+    let (mut known, following) = control::follow(store.clone(), Arc::clone(clock), Arc::clone(&wake), &tasks.stop);
+    tasks.add([following]);
+    if !store.breaker().is_open() {
+        // Late or not, the start goes on: so it would without the store.
+        let _ = timeout(CONTROL_WAIT, known.wait_for(Option::is_some)).await;
+    }
+    (known, wake)
 }
 
 /// The journal, and what an earlier process left in it.

@@ -23,9 +23,10 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    model::{Entry, Key, Timestamp, Version, Write},
+    model::{Entry, Epoch, Key, Timestamp, Version, Write},
     store::{
-        Backend, Claimant, Committed, Connection, DeadLetter, NODE_LEASE, NodeGrant, Store, StoreError, StoreErrorKind,
+        Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE, NodeGrant,
+        Store, StoreError, StoreErrorKind,
     },
 };
 
@@ -50,6 +51,12 @@ pub enum Call {
     ReleaseNode,
     /// [`Connection::collect`].
     Collect,
+    /// [`Connection::control`].
+    Control,
+    /// [`Connection::move_epoch`].
+    MoveEpoch,
+    /// [`Connection::move_namespace_epoch`].
+    MoveNamespaceEpoch,
 }
 
 /// What goes wrong in one call: first what it waits for, then how it ends.
@@ -165,6 +172,11 @@ struct State {
     rows: HashMap<Key, Row>,
     /// At or above every version that was ever collected.
     horizon: Option<Version>,
+    epoch: Epoch,
+    cache_server: Option<String>,
+    namespace_epochs: HashMap<String, Epoch>,
+    /// What the store's clock shows beyond tokio's, in milliseconds.
+    clock_ahead: i64,
     /// Every version that ever stood, per key, in order.
     history: HashMap<Key, Vec<Version>>,
     /// Commits of [`Fault::land_later`].
@@ -195,6 +207,10 @@ impl Default for FakeBackend {
             clock: Clock::new(0, None),
             rows: HashMap::new(),
             horizon: None,
+            epoch: Epoch(1),
+            cache_server: None,
+            namespace_epochs: HashMap::new(),
+            clock_ahead: 0,
             history: HashMap::new(),
             landing: Vec::new(),
             dead_letters: Vec::new(),
@@ -289,6 +305,16 @@ impl FakeBackend {
     /// The horizon.
     pub fn horizon(&self) -> Option<Version> {
         self.state.lock().horizon
+    }
+
+    /// Moves the epoch of the shared cache, as another gateway would.
+    pub fn set_epoch(&self, epoch: Epoch) {
+        self.state.lock().set_epoch(epoch);
+    }
+
+    /// Sets the store's clock ahead of tokio's, or (negative) back, by milliseconds.
+    pub fn set_clock_ahead(&self, millis: i64) {
+        self.state.lock().clock_ahead = millis;
     }
 
     /// Every version that ever stood on a key, in order.
@@ -411,6 +437,39 @@ impl State {
                 true
             }
             _ => false,
+        }
+    }
+
+    fn set_epoch(&mut self, epoch: Epoch) {
+        self.epoch = epoch;
+        self.namespace_epochs.clear();
+    }
+
+    fn control(&self) -> Control {
+        Control {
+            epoch: self.epoch,
+            cache_server: self.cache_server.clone(),
+            namespaces: self.namespace_epochs.clone(),
+            gc_horizon: self.horizon,
+            now: Timestamp(self.clock.now().0 + self.clock_ahead),
+        }
+    }
+
+    fn move_epoch(&mut self, from: Epoch, to: Epoch, cache_server: Option<String>) -> bool {
+        let moved = self.epoch == from;
+        if moved {
+            self.set_epoch(to);
+            self.cache_server = cache_server.or(self.cache_server.take());
+        }
+        moved
+    }
+
+    fn move_namespace_epoch(&mut self, namespace: String, to: Epoch) {
+        let has_room = self.namespace_epochs.len() < NAMESPACE_EPOCHS_MAX as usize;
+        if has_room || self.namespace_epochs.contains_key(&namespace) {
+            self.namespace_epochs.insert(namespace, to);
+        } else {
+            self.set_epoch(to);
         }
     }
 
@@ -620,6 +679,24 @@ impl Connection for FakeConnection {
     async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError> {
         self.call(Call::Collect, |state| Ok(state.collect(retention, rows_max)))
             .await
+    }
+
+    async fn control(&mut self) -> Result<Control, StoreError> {
+        self.call(Call::Control, |state| Ok(state.control())).await
+    }
+
+    async fn move_epoch(&mut self, from: Epoch, to: Epoch, cache_server: Option<&str>) -> Result<bool, StoreError> {
+        let cache_server = cache_server.map(str::to_owned);
+        self.call(Call::MoveEpoch, |state| Ok(state.move_epoch(from, to, cache_server)))
+            .await
+    }
+
+    async fn move_namespace_epoch(&mut self, namespace: &str, to: Epoch) -> Result<(), StoreError> {
+        self.call(Call::MoveNamespaceEpoch, |state| {
+            state.move_namespace_epoch(namespace.to_owned(), to);
+            Ok(())
+        })
+        .await
     }
 
     fn reset(&mut self) {

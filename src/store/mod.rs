@@ -1,38 +1,38 @@
 //! The store: where records live for good.
 //!
-//! Owns the seam to a database: the [`Backend`] and [`Connection`] traits, what their errors mean, and [`Session`], the guarded
+//! Owns the seam to a database: the [`Backend`] and [`Connection`] traits and what their errors mean; [`Session`] is the guarded
 //! connection that everything else uses. Does not own caching, queueing or retrying a write (its callers do). Invariants: a
 //! store is a max-register per key, so a commit may be repeated; an error of a commit says whether it may have taken effect; a
 //! key whose row was collected stays absent for every version at or below the horizon, so what was deleted never comes back.
 //!
 //! In reading order: this file, [`commit`] (write-through shares commits), [`load`] (misses share queries), [`watch`] (whether the
-//! store answers), [`node`] (the lease of a node id), [`collect`] (old tombstones), then the backends.
+//! store answers), [`control`] (what all gateways of a store share), [`node`] (the lease of a node id), [`collect`] (old tombstones), then the backends.
 
 pub mod breaker;
 pub mod collect;
 pub mod commit;
 mod config;
+pub mod control;
 #[cfg(test)]
 pub mod fake;
 mod gather;
 pub mod load;
 pub mod node;
 pub mod postgres;
+mod session;
 pub mod sqlite;
 mod verdict;
 pub mod watch;
 
 pub use config::Config;
+pub use control::Control;
+pub use session::{Session, Store};
 
-use std::{error, fmt, future::Future, sync::Arc, time::Duration};
+use std::{error, fmt, time::Duration};
 
 use async_trait::async_trait;
-use tokio::time::timeout;
 
-use crate::{
-    model::{Entry, Key, Version, Write},
-    store::breaker::Breaker,
-};
+use crate::model::{Entry, Epoch, Key, Version, Write};
 
 /// What the store did with one write of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +161,10 @@ pub struct NodeGrant {
 /// How long a lease of a node id lasts beyond its last renewal, before another gateway may take it.
 pub const NODE_LEASE: Duration = Duration::from_secs(24 * 3600);
 
+/// How many namespaces have an epoch of their own at a time, give or take those that get theirs at once: every gateway reads all of them each
+/// second.
+pub const NAMESPACE_EPOCHS_MAX: u32 = 1_000;
+
 /// Checks a store's URL, without I/O but for `~/.pgpass`.
 ///
 /// # Errors
@@ -239,154 +243,20 @@ pub trait Connection: Send {
     /// [`StoreErrorKind::Transient`], too, when a commit from before goes on for longer than the wait's bound.
     async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError>;
 
+    /// What all gateways of the store share, and the store's clock, all of one moment: a small query.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Transient`], too, when the row is gone.
+    async fn control(&mut self) -> Result<Control, StoreError>;
+
+    /// Moves the epoch of the shared cache, if `from` still stands: the namespaces' own epochs end with it. `cache_server` is the one for which the
+    /// new epoch holds; `None` keeps it. `false`: another epoch stands, perhaps the one that an earlier try of this call has set.
+    async fn move_epoch(&mut self, from: Epoch, to: Epoch, cache_server: Option<&str>) -> Result<bool, StoreError>;
+
+    /// Sets the epoch of a namespace; of two that do so at once the last one wins. At most [`NAMESPACE_EPOCHS_MAX`] namespaces have one of their
+    /// own: for one more, `to` becomes the epoch of the whole shared cache, which invalidates this namespace with all others.
+    async fn move_namespace_epoch(&mut self, namespace: &str, to: Epoch) -> Result<(), StoreError>;
+
     /// Drops the connection: the next call connects anew.
     fn reset(&mut self);
-}
-
-/// The store as the rest of the gateway has it: a backend, and one breaker for all sessions.
-#[derive(Clone)]
-pub struct Store {
-    backend: Arc<dyn Backend>,
-    breaker: Arc<Breaker>,
-    call_timeout: Duration,
-}
-
-impl Store {
-    /// A store over a backend. `call_timeout` bounds each call of each session, connecting included.
-    pub fn new(backend: Arc<dyn Backend>, breaker: Arc<Breaker>, call_timeout: Duration) -> Store {
-        Store {
-            backend,
-            breaker,
-            call_timeout,
-        }
-    }
-
-    /// How many sessions can commit at once with profit.
-    pub fn writers_max(&self) -> usize {
-        self.backend.writers_max()
-    }
-
-    /// Whether the store is held to be down: callers that can fail fast should.
-    pub fn breaker(&self) -> &Breaker {
-        &self.breaker
-    }
-
-    /// A session with a connection of its own; connects when first used.
-    pub fn session(&self) -> Session {
-        self.session_within(self.call_timeout)
-    }
-
-    /// The same, with another bound on each call.
-    pub fn session_within(&self, call_timeout: Duration) -> Session {
-        Session {
-            connection: self.backend.connection(),
-            breaker: Arc::clone(&self.breaker),
-            call_timeout,
-        }
-    }
-}
-
-/// A connection whose calls are bounded in time and known to the breaker. Owned by one task.
-pub struct Session {
-    connection: Box<dyn Connection>,
-    breaker: Arc<Breaker>,
-    call_timeout: Duration,
-}
-
-impl Session {
-    /// [`Connection::load`].
-    pub async fn load(&mut self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError> {
-        let call = self.connection.load(keys);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::commit`].
-    pub async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
-        let call = self.connection.commit(writes);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::probe`].
-    pub async fn probe(&mut self) -> Result<(), StoreError> {
-        let call = self.connection.probe();
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::bury`].
-    pub async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
-        let call = self.connection.bury(letter);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::ping`].
-    pub async fn ping(&mut self) -> Result<(), StoreError> {
-        let call = self.connection.ping();
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::lease_node`].
-    pub async fn lease_node(&mut self, claimant: &Claimant) -> Result<NodeGrant, StoreError> {
-        let call = self.connection.lease_node(claimant);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::renew_node`].
-    pub async fn renew_node(
-        &mut self,
-        claimant: &Claimant,
-        node: u16,
-        high_water: Option<Version>,
-    ) -> Result<bool, StoreError> {
-        let call = self.connection.renew_node(claimant, node, high_water);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::release_node`].
-    pub async fn release_node(
-        &mut self,
-        claimant: &Claimant,
-        node: u16,
-        high_water: Option<Version>,
-    ) -> Result<(), StoreError> {
-        let call = self.connection.release_node(claimant, node, high_water);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// [`Connection::collect`].
-    pub async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError> {
-        let call = self.connection.collect(retention, rows_max);
-        let result = bounded(self.call_timeout, call).await;
-        self.note(result)
-    }
-
-    /// Tells the breaker, and drops a connection that a cut-off call left in the middle of something.
-    fn note<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
-        match &result {
-            Ok(_) => self.breaker.succeeded(),
-            Err(error) => {
-                if error.kind == StoreErrorKind::Unknown {
-                    self.connection.reset();
-                }
-                self.breaker.failed(error.kind);
-            }
-        }
-        result
-    }
-}
-
-async fn bounded<T>(limit: Duration, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    timeout(limit, call).await.unwrap_or_else(|_| {
-        Err(StoreError::new(
-            StoreErrorKind::Unknown,
-            "the store did not answer in time",
-        ))
-    })
 }

@@ -37,5 +37,6 @@ mod replicas;
 mod servers;
 mod shutdown;
 mod store_contract;
+mod store_control;
 mod switches;
 mod unconfirmed;

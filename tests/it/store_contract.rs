@@ -2,7 +2,7 @@
 //!
 //! Owns the contract of `store::Backend` and `store::Connection` as tests: each function under "The contract" proves one sentence of it
 //! for both backends. What only one of them has (sessions that are killed, files that are locked) follows below. Does not own the
-//! in-memory fake, nor what is built on a store.
+//! in-memory fake, nor what is built on a store. The control row's part of it is in `store_control.rs`.
 
 use std::{
     cell::Cell,
@@ -41,20 +41,20 @@ use crate::harness::{
     until,
 };
 
-const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A backend, and a way to its database past it.
-struct Fixture {
+pub struct Fixture {
     backend: Arc<dyn Backend>,
-    database: Database,
+    pub database: Database,
 }
 
 impl Fixture {
-    async fn postgres() -> Fixture {
+    pub async fn postgres() -> Fixture {
         Fixture::postgres_at(Database::postgres().await).await
     }
 
-    async fn postgres_at(database: Database) -> Fixture {
+    pub async fn postgres_at(database: Database) -> Fixture {
         let backend = Postgres::new(database.url(), CALL_TIMEOUT, Tables::Migrate).expect("a valid URL");
         backend.prepare().await.expect("a new database takes the tables");
         Fixture {
@@ -63,27 +63,30 @@ impl Fixture {
         }
     }
 
-    async fn sqlite() -> Fixture {
-        let database = Database::sqlite();
-        let backend = Sqlite::open(database.url(), CALL_TIMEOUT).await.expect("a new file");
+    pub async fn sqlite() -> Fixture {
+        Fixture::sqlite_at(Database::sqlite()).await
+    }
+
+    pub async fn sqlite_at(database: Database) -> Fixture {
+        let backend = Sqlite::open(database.url(), CALL_TIMEOUT).await.expect("its own file");
         Fixture {
             backend: Arc::new(backend),
             database,
         }
     }
 
-    fn connection(&self) -> Box<dyn Connection> {
+    pub fn connection(&self) -> Box<dyn Connection> {
         self.backend.connection()
     }
 
     /// Runs SQL past the backend: one text for PostgreSQL, one for SQLite.
-    async fn execute(&self, postgres: &str, sqlite: &str) {
+    pub async fn execute(&self, postgres: &str, sqlite: &str) {
         let is_sqlite = self.database.url().starts_with("sqlite:");
         self.database.execute(if is_sqlite { sqlite } else { postgres }).await;
     }
 
     /// The first column of a query, as text.
-    async fn texts(&self, sql: &str) -> Vec<String> {
+    pub async fn texts(&self, sql: &str) -> Vec<String> {
         self.database.texts(sql).await
     }
 
@@ -121,15 +124,15 @@ fn url_of(path: &std::path::Path) -> String {
     format!("sqlite://{}", path.display())
 }
 
-fn key(namespace: &str, key: &str) -> Key {
+pub fn key(namespace: &str, key: &str) -> Key {
     Key::new(namespace, key).expect("a valid key")
 }
 
-fn version(number: i64) -> Version {
+pub fn version(number: i64) -> Version {
     Version::new(number).expect("a positive version")
 }
 
-fn entry(number: i64, value: Option<&str>) -> Entry {
+pub fn entry(number: i64, value: Option<&str>) -> Entry {
     Entry {
         version: version(number),
         value: value.map(|value| Bytes::copy_from_slice(value.as_bytes())),
@@ -137,29 +140,29 @@ fn entry(number: i64, value: Option<&str>) -> Entry {
     }
 }
 
-fn write(name: &str, number: i64, value: Option<&str>) -> Write {
+pub fn write(name: &str, number: i64, value: Option<&str>) -> Write {
     Write {
         key: key("orders", name),
         entry: entry(number, value),
     }
 }
 
-async fn commit(connection: &mut dyn Connection, mut writes: Vec<Write>) -> Vec<Committed> {
+pub async fn commit(connection: &mut dyn Connection, mut writes: Vec<Write>) -> Vec<Committed> {
     writes.sort_by(|a, b| a.key.cmp(&b.key));
     connection.commit(&writes).await.expect("the store takes the writes")
 }
 
-async fn load(connection: &mut dyn Connection, key: &Key) -> Option<Entry> {
+pub async fn load(connection: &mut dyn Connection, key: &Key) -> Option<Entry> {
     let loaded = connection.load(std::slice::from_ref(key)).await.expect("loads");
     loaded.into_iter().next().expect("one answer per key")
 }
 
-fn kind<T: std::fmt::Debug>(result: Result<T, StoreError>) -> StoreErrorKind {
+pub fn kind<T: std::fmt::Debug>(result: Result<T, StoreError>) -> StoreErrorKind {
     result.expect_err("the store refuses").kind
 }
 
 /// The time, in milliseconds since the Unix epoch.
-fn now() -> i64 {
+pub fn now() -> i64 {
     let since = std::time::UNIX_EPOCH.elapsed().expect("after 1970");
     i64::try_from(since.as_millis()).expect("before the end of time")
 }
@@ -958,6 +961,7 @@ async fn sessions_see_each_other_s_commits(fixture: Fixture) {
     }
 }
 
+/// Each sentence of a contract, for both backends.
 macro_rules! contract {
     ($($name:ident),* $(,)?) => {
         mod sqlite {
@@ -974,6 +978,8 @@ macro_rules! contract {
         }
     };
 }
+
+pub(crate) use contract;
 
 contract! {
     the_newest_write_stands,

@@ -14,12 +14,13 @@ use sqlx::{
 };
 
 use crate::{
-    model::{Entry, Key, Timestamp, Version, Write},
+    model::{Entry, Epoch, Key, Timestamp, Version, Write},
     store::{
-        Claimant, Committed, Connection, DeadLetter, NODE_LEASE, NodeGrant, StoreError, StoreErrorKind,
+        Claimant, Committed, Connection, Control, DeadLetter, NODE_LEASE, NodeGrant, StoreError, StoreErrorKind,
         postgres::{
             Dialler,
             collect::collect,
+            control,
             failure::Failure,
             statements::{BURY, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE, STANDING, UPSERT},
             time::WireTime,
@@ -130,6 +131,24 @@ impl Connection for PostgresConnection {
     async fn collect(&mut self, retention: Duration, rows_max: u32) -> Result<u64, StoreError> {
         let mut session = self.take().await?;
         let result = collect(&mut session, (retention, rows_max), self.dialler.writers_wait()).await;
+        self.settle(session, result)
+    }
+
+    async fn control(&mut self) -> Result<Control, StoreError> {
+        let mut session = self.take().await?;
+        let result = control::control(&mut session).await;
+        self.settle(session, result)
+    }
+
+    async fn move_epoch(&mut self, from: Epoch, to: Epoch, cache_server: Option<&str>) -> Result<bool, StoreError> {
+        let mut session = self.take().await?;
+        let result = control::move_epoch(&mut session, from, to, cache_server).await;
+        self.settle(session, result)
+    }
+
+    async fn move_namespace_epoch(&mut self, namespace: &str, to: Epoch) -> Result<(), StoreError> {
+        let mut session = self.take().await?;
+        let result = control::move_namespace_epoch(&mut session, namespace, to).await;
         self.settle(session, result)
     }
 

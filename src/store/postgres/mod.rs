@@ -11,6 +11,7 @@
 
 mod collect;
 mod connection;
+mod control;
 mod failure;
 #[cfg(feature = "planted-faults")]
 mod planted;
@@ -251,8 +252,8 @@ async fn migrate(mut connection: PgConnection) -> Result<(), StoreError> {
 /// Checks that the tables have every column that is used.
 async fn check_tables(mut connection: PgConnection) -> Result<(), StoreError> {
     let looked = sqlx::query(
-        "select e.collectable_at, d.reason, n.high_water, c.gc_horizon
-           from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c
+        "select e.collectable_at, d.reason, n.high_water, c.gc_horizon, c.epoch, c.cache_server, s.epoch
+           from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c, tidegate_namespace_epochs s
           limit 0",
     )
     .fetch_all(&mut connection)

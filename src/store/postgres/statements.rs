@@ -18,6 +18,40 @@ pub(super) const STANDING: &str = "
 /// The horizon: see [`super::collect`].
 pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where id = 1";
 
+/// The control row, with the namespaces that have epochs of their own: one statement, so all of one snapshot.
+pub(super) const CONTROL: &str = "
+    select epoch, cache_server, gc_horizon, clock_timestamp(),
+           array(select namespace from tidegate_namespace_epochs order by namespace),
+           array(select epoch from tidegate_namespace_epochs order by namespace)
+      from tidegate_control where id = 1";
+
+/// The epoch, moved on from the one that is expected. What the namespaces had is of the time before.
+pub(super) const MOVE_EPOCH: &str = "
+    with moved as (
+        update tidegate_control set epoch = $2, cache_server = coalesce($3, cache_server)
+         where id = 1 and epoch = $1 returning id
+    ), ended as (
+        delete from tidegate_namespace_epochs where exists (select from moved)
+    )
+    select count(*) from moved";
+
+/// A namespace's own epoch, where there is room for one more.
+pub(super) const MOVE_NAMESPACE_EPOCH: &str = "
+    insert into tidegate_namespace_epochs (namespace, epoch)
+    select $1, $2
+     where exists (select from tidegate_namespace_epochs where namespace = $1)
+        or (select count(*) from tidegate_namespace_epochs) < $3
+        on conflict (namespace) do update set epoch = excluded.epoch";
+
+/// The epoch of all, for a namespace that finds no room.
+pub(super) const MOVE_ALL_EPOCHS: &str = "
+    with moved as (
+        update tidegate_control set epoch = $1 where id = 1 returning id
+    ), ended as (
+        delete from tidegate_namespace_epochs where exists (select from moved)
+    )
+    select count(*) from moved";
+
 /// The one rule. `now()` is when the statement began, which is before its commit by at most `statement_timeout`. Whatever is not above the
 /// horizon may move a row and never make one: the row is locked, so that it stays until this commits.
 pub(super) const UPSERT: &str = "

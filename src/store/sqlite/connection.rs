@@ -15,11 +15,11 @@ use sqlx::{
 use tokio::sync::MutexGuard;
 
 use crate::{
-    model::{Entry, Key, Timestamp, Version, Write},
+    model::{Entry, Epoch, Key, Timestamp, Version, Write},
     store::{
-        Claimant, Committed, Connection, DeadLetter, NodeGrant, StoreError, StoreErrorKind,
+        Claimant, Committed, Connection, Control, DeadLetter, NodeGrant, StoreError, StoreErrorKind,
         sqlite::{
-            DatabaseFile,
+            DatabaseFile, control,
             failure::Failure,
             statements::{
                 BURY, COLLECT, HORIZON, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, RENEW_NODE, STANDING,
@@ -166,6 +166,24 @@ impl Connection for SharedConnection {
         settle(&mut slot, writer, result)
     }
 
+    async fn control(&mut self) -> Result<Control, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = control::control(&mut reader).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn move_epoch(&mut self, from: Epoch, to: Epoch, cache_server: Option<&str>) -> Result<bool, StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = control::move_epoch(&mut writer, from, to, cache_server).await;
+        settle(&mut slot, writer, result)
+    }
+
+    async fn move_namespace_epoch(&mut self, namespace: &str, to: Epoch) -> Result<(), StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = control::move_namespace_epoch(&mut writer, namespace, to).await;
+        settle(&mut slot, writer, result)
+    }
+
     /// Drops the reader. The writer needs none: a call that was cut off has taken it along.
     fn reset(&mut self) {
         self.reader = None;
@@ -211,7 +229,10 @@ async fn commit(writer: &mut SqliteConnection, writes: &[Write]) -> Result<Vec<C
 }
 
 /// Commits what went well, and rolls back and waits for it where something did not.
-async fn end<T>(transaction: Transaction<'_, sqlx::Sqlite>, result: Result<T, Failure>) -> Result<T, Failure> {
+pub(super) async fn end<T>(
+    transaction: Transaction<'_, sqlx::Sqlite>,
+    result: Result<T, Failure>,
+) -> Result<T, Failure> {
     match &result {
         Ok(_) => transaction.commit().await?,
         Err(failure) if failure.ends_connection => {}

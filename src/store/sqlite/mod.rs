@@ -9,6 +9,7 @@
 //! other gateways out; it stays, empty, and means nothing once its process is gone. Reading with the `sqlite3` shell at the same time is fine.
 
 mod connection;
+mod control;
 mod failure;
 mod statements;
 
