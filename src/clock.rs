@@ -1,10 +1,12 @@
 //! Time: a wall clock that never steps back within a process, and the hybrid logical clock that stamps versions.
 //!
 //! Owns the rule that a stamp rises above every stamp of this process and every version that it observed. Does not own the
-//! node id (leased from the store, `store/node.rs`) nor what stands on a key (the tiers). Invariants: [`Clock::now`] never
-//! decreases; two calls of [`Clock::stamp`] never return the same version; stamping ends when the node lease does.
+//! node id (leased from the store, `store/node.rs`), the comparison with the store's clock (`store/control.rs`) nor what stands on a key (the
+//! tiers). Invariants: [`Clock::now`] never decreases; two calls of [`Clock::stamp`] never return the same version; stamping ends when the
+//! node lease does, and while the store's clock is known to show another time.
 
 use std::{
+    fmt,
     sync::atomic::{AtomicI64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -25,6 +27,10 @@ const STAMPS_SLACK: i64 = 1_000 << COUNTER_BITS;
 /// and their reservations ever differ by while both clocks are within ten seconds of the store's.
 const FAR_AHEAD: Duration = Duration::from_secs(60);
 
+/// How far this clock and the store's may be apart for versions to be stamped. All that compares versions of several gateways rests on it:
+/// [`OBSERVE_AHEAD_MAX`] is twice as much.
+const OFFSET_MAX: Duration = Duration::from_secs(10);
+
 /// Whether a version is so far ahead of `now` by the wall clock (more than a minute) that some clock must have been wrong: the one that
 /// stamped it, or the one that stamped what stood on its key before; or the wall clock has been set back since. Such a version must
 /// be passed on its own key, and should not become the floor of a whole clock.
@@ -38,13 +44,43 @@ pub fn wall_time() -> Timestamp {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_millis();
-    Timestamp(i64::try_from(wall).unwrap_or(i64::MAX))
+    let wall = Timestamp(i64::try_from(wall).unwrap_or(i64::MAX));
+    #[cfg(feature = "planted-faults")]
+    let wall = Timestamp(wall.0.saturating_add(crate::planted::clock_offset()));
+    wall
 }
 
-/// The node lease ran out: a version stamped now could collide with another gateway's.
+/// Why no version can be stamped now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the node lease has not been renewed in time, so no version can be stamped")]
-pub struct LeaseLapsed;
+pub enum NoStamp {
+    /// The node lease ran out: a version stamped now could collide with another gateway's.
+    #[error("the node lease has not been renewed in time, so no version can be stamped")]
+    LeaseLapsed,
+    /// A version stamped now could stand above later ones of other gateways, or below earlier ones.
+    #[error(
+        "this gateway's clock is {0} the store's, and no version is stamped while they are more than 10 s apart: set right the one that is \
+         wrong, and start the gateway again if it was its own"
+    )]
+    ClockOff(ClockOffset),
+}
+
+/// How far a gateway's clock is from the store's, in milliseconds: positive ahead of it, negative behind. Reads "12 s ahead of".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClockOffset(pub i64);
+
+impl ClockOffset {
+    /// Whether it is too far for versions to be stamped: by more than ten seconds.
+    pub fn is_off(self) -> bool {
+        u128::from(self.0.unsigned_abs()) > OFFSET_MAX.as_millis()
+    }
+}
+
+impl fmt::Display for ClockOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = if self.0 < 0 { "behind" } else { "ahead of" };
+        write!(f, "{} s {side}", self.0.unsigned_abs() / 1_000)
+    }
+}
 
 /// The clock of one gateway process, shared by all of its threads.
 ///
@@ -105,12 +141,10 @@ impl Clock {
     /// write's key.
     ///
     /// # Errors
-    /// [`LeaseLapsed`] once the lease has run out.
-    pub fn stamp(&self, standing: Option<Version>) -> Result<Version, LeaseLapsed> {
+    /// Those of [`Clock::can_stamp`].
+    pub fn stamp(&self, standing: Option<Version>) -> Result<Version, NoStamp> {
         let now = self.now();
-        if now.0 >= self.leased_until.load(Ordering::Relaxed) {
-            return Err(LeaseLapsed);
-        }
+        self.can_stamp_at(now)?;
         if let Some(standing) = standing {
             self.observe_at(standing, now);
         }
@@ -159,19 +193,39 @@ impl Clock {
         self.now().0 < self.leased_until.load(Ordering::Relaxed)
     }
 
+    /// Whether versions can be stamped now: a write that cannot be is refused before it takes anybody's room.
+    ///
+    /// # Errors
+    /// [`NoStamp::LeaseLapsed`] once the lease has run out, [`NoStamp::ClockOff`] while this clock was more than ten seconds from the store's when
+    /// they were last compared.
+    pub fn can_stamp(&self) -> Result<(), NoStamp> {
+        self.can_stamp_at(self.now())
+    }
+
+    fn can_stamp_at(&self, now: Timestamp) -> Result<(), NoStamp> {
+        if now.0 >= self.leased_until.load(Ordering::Relaxed) {
+            return Err(NoStamp::LeaseLapsed);
+        }
+        let offset = self.offset();
+        if offset.is_off() {
+            return Err(NoStamp::ClockOff(offset));
+        }
+        Ok(())
+    }
+
     /// Lets stamping go on until `until`.
     pub fn lease_until(&self, until: Timestamp) {
         self.leased_until.store(until.0, Ordering::Relaxed);
     }
 
-    /// How far this clock was ahead of the store's when they were last compared, in milliseconds; negative behind it, 0 until then.
-    pub fn offset(&self) -> i64 {
-        self.offset.load(Ordering::Relaxed)
+    /// How far this clock was from the store's when they were last compared; none until then. It stays where the store is away.
+    pub fn offset(&self) -> ClockOffset {
+        ClockOffset(self.offset.load(Ordering::Relaxed))
     }
 
-    /// This clock and the store's have been compared: it is so many milliseconds ahead.
-    pub fn set_offset(&self, millis: i64) {
-        self.offset.store(millis, Ordering::Relaxed);
+    /// This clock and the store's have been compared.
+    pub fn set_offset(&self, offset: ClockOffset) {
+        self.offset.store(offset.0, Ordering::Relaxed);
     }
 
     fn observe_at(&self, version: Version, now: Timestamp) {
@@ -323,8 +377,31 @@ mod tests {
     fn a_lapsed_lease_ends_stamping() {
         let clock = Clock::new(1, None);
         clock.lease_until(clock.now());
-        assert_eq!(clock.stamp(None), Err(LeaseLapsed));
+        assert_eq!(clock.stamp(None), Err(NoStamp::LeaseLapsed));
         clock.lease_until(clock.now().after(Duration::from_secs(1)));
         assert!(clock.stamp(None).is_ok());
+    }
+
+    #[test]
+    fn a_clock_far_from_the_store_s_stamps_nothing_until_it_is_near_again() {
+        let clock = Clock::new(1, None);
+        for (millis, said) in [
+            (10_001, "10 s ahead of"),
+            (-12_900, "12 s behind"),
+            (i64::MIN, " s behind"),
+        ] {
+            let offset = ClockOffset(millis);
+            clock.set_offset(offset);
+            let refused = clock.stamp(None).expect_err("too far apart");
+            assert_eq!((refused, clock.can_stamp()), (NoStamp::ClockOff(offset), Err(refused)));
+            assert!(
+                refused.to_string().contains(&format!("{said} the store's")),
+                "{refused}"
+            );
+        }
+        for millis in [10_000, 0, -10_000] {
+            clock.set_offset(ClockOffset(millis));
+            assert!(clock.stamp(None).is_ok() && clock.can_stamp().is_ok());
+        }
     }
 }

@@ -3,8 +3,9 @@
 //! Owns the meaning of healthy. The gateway itself (`""` and `tidegate.v1.Gateway`) is serving unless it is shutting down, cannot
 //! stamp versions, or has a journal that failed, which only a restart mends: a dead store must not take every replica out of rotation
 //! while caches and write-behind can serve, nor must a full disk, for reads and write-through go on. What it depends on has names of its
-//! own, `tidegate.store`, `tidegate.cache` and `tidegate.journal`. Does not own the probing: the store's breaker, the Redis link
-//! and the journal know.
+//! own, `tidegate.store`, `tidegate.cache` and `tidegate.journal`; so has the clock, `tidegate.clock`: where it and the store's are too far apart
+//! writes are refused, and reads go on, on every replica if it is the store's that is wrong. Does not own the probing: the store's breaker,
+//! the Redis link, the journal and the clock know.
 
 use std::{
     fmt,
@@ -19,7 +20,7 @@ use tokio::{sync::Mutex, time::sleep};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    clock::Clock,
+    clock::{Clock, ClockOffset},
     gateway::{Gateway, JournalState},
     store::Store,
 };
@@ -29,6 +30,7 @@ const OWN_SERVICES: [&str; 2] = ["", "tidegate.v1.Gateway"];
 const STORE_SERVICE: &str = "tidegate.store";
 const CACHE_SERVICE: &str = "tidegate.cache";
 const JOURNAL_SERVICE: &str = "tidegate.journal";
+const CLOCK_SERVICE: &str = "tidegate.clock";
 
 /// How long a change may take to show.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -43,17 +45,32 @@ pub struct Health {
     stopping: Arc<AtomicBool>,
     reporter: HealthReporter,
     /// What the reporter was told last. Held from looking to telling, so that what is told last is what was seen last.
-    reported: Arc<Mutex<Option<Readiness>>>,
+    reported: Arc<Mutex<Vec<(&'static str, bool)>>>,
 }
 
 /// What `/readyz` says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Readiness {
     /// Whether calls should be sent here.
     pub ready: bool,
     store: bool,
     cache: Option<bool>,
     journal: JournalState,
+    clock: ClockOffset,
+}
+
+impl Readiness {
+    /// Each service that a health check can name, and whether it is serving.
+    fn services(&self) -> Vec<(&'static str, bool)> {
+        let parts = [
+            (STORE_SERVICE, self.store),
+            (JOURNAL_SERVICE, self.journal == JournalState::Up),
+            (CLOCK_SERVICE, !self.clock.is_off()),
+        ];
+        let own = OWN_SERVICES.map(|service| (service, self.ready));
+        let cache = self.cache.map(|up| (CACHE_SERVICE, up));
+        own.into_iter().chain(parts).chain(cache).collect()
+    }
 }
 
 impl fmt::Display for Readiness {
@@ -67,10 +84,15 @@ impl fmt::Display for Readiness {
             JournalState::DiskFull => "disk full",
             JournalState::Failed => "failed",
         };
+        let clock = if self.clock.is_off() {
+            format!("{} the store", self.clock)
+        } else {
+            "ok".to_owned()
+        };
+        let store = word(self.store);
         writeln!(
             f,
-            "{gateway}\nstore: {}\ncache: {cache}\njournal: {journal}",
-            word(self.store)
+            "{gateway}\nstore: {store}\ncache: {cache}\njournal: {journal}\nclock: {clock}"
         )
     }
 }
@@ -102,6 +124,7 @@ impl Health {
             store: !self.store.breaker().is_open(),
             cache: self.background.redis_is_up(),
             journal,
+            clock: self.clock.offset(),
         }
     }
 
@@ -122,22 +145,14 @@ impl Health {
     /// Tells the reporter what has changed: it passes on to those who watch whatever it is told.
     pub async fn report(&self) {
         let mut reported = self.reported.lock().await;
-        let readiness = self.readiness();
-        if reported.replace(readiness) == Some(readiness) {
+        let services = self.readiness().services();
+        if *reported == services {
             return;
         }
-        for service in OWN_SERVICES {
-            self.reporter.set_service_status(service, status(readiness.ready)).await;
+        for (service, up) in &services {
+            self.reporter.set_service_status(*service, status(*up)).await;
         }
-        for (service, up) in [
-            (STORE_SERVICE, readiness.store),
-            (JOURNAL_SERVICE, readiness.journal == JournalState::Up),
-        ] {
-            self.reporter.set_service_status(service, status(up)).await;
-        }
-        if let Some(cache) = readiness.cache {
-            self.reporter.set_service_status(CACHE_SERVICE, status(cache)).await;
-        }
+        *reported = services;
     }
 }
 
@@ -206,8 +221,25 @@ mod tests {
         assert_eq!(told(&health, CACHE_SERVICE).await, None, "there is no Redis");
         assert_eq!(
             health.readiness().to_string(),
-            "ready\nstore: down\ncache: none\njournal: up\n"
+            "ready\nstore: down\ncache: none\njournal: up\nclock: ok\n"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_is_off_is_said_and_leaves_the_gateway_in_rotation() {
+        let rig = rig(|_| ());
+        let health = health(&rig);
+        for (millis, wanted, said) in [
+            (12_345, Wire::NotServing, "clock: 12 s ahead of the store\n"),
+            (-40_000, Wire::NotServing, "clock: 40 s behind the store\n"),
+            (9_999, Wire::Serving, "clock: ok\n"),
+        ] {
+            rig.clock().set_offset(ClockOffset(millis));
+            assert_eq!(told(&health, CLOCK_SERVICE).await, Some(wanted), "{millis}");
+            assert_eq!(told(&health, "").await, Some(Wire::Serving));
+            let readiness = health.readiness();
+            assert!(readiness.ready && readiness.to_string().ends_with(said), "{readiness}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -77,12 +77,23 @@ struct Serving {
     #[cfg(feature = "planted-faults")]
     #[arg(long, value_name = "NAME[:N]", hide = true)]
     kill_point: Option<String>,
+    /// How far the machine's clock is taken to be ahead, or (negative) behind, in milliseconds
+    #[cfg(feature = "planted-faults")]
+    #[arg(
+        long,
+        value_name = "MS",
+        hide = true,
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
+    planted_clock_offset: i64,
 }
 
 impl Serving {
     /// Chooses what is planted, before anything runs.
     #[cfg(feature = "planted-faults")]
     fn plant(&self) -> Result<(), String> {
+        tidegate::planted::set_clock_offset(self.planted_clock_offset);
         if let Some(fault) = &self.planted_fault {
             tidegate::planted::choose(fault)?;
         }

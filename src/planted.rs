@@ -1,5 +1,5 @@
-//! Faults that are planted on purpose, to prove that the proofs can fail, and points at which the process kills itself. Compiled into no
-//! build but the one that asks for them.
+//! Faults that are planted on purpose, to prove that the proofs can fail, points at which the process kills itself, and a machine whose clock is
+//! set apart. Compiled into no build but the one that asks for them.
 //!
 //! Owns their names and which are chosen. Each stands in one line of the place where it does harm. At most one fault and one kill point
 //! are chosen in a process, before anything runs; a test chooses a fault for its own thread.
@@ -10,7 +10,7 @@ use std::{
     process,
     sync::{
         OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
 };
 
@@ -92,6 +92,9 @@ const KILL_POINTS: [(&str, KillPoint); 14] = [
 
 static CHOSEN: OnceLock<Fault> = OnceLock::new();
 
+/// How far the machine's clock is taken to be set apart, in milliseconds.
+static CLOCK_OFFSET: AtomicI64 = AtomicI64::new(0);
+
 /// The chosen kill point, and how many times it is still to be reached.
 static FATAL: OnceLock<(KillPoint, AtomicU64)> = OnceLock::new();
 
@@ -133,6 +136,16 @@ pub fn choose_kill_point(text: &str) -> Result<(), String> {
     FATAL
         .set((point, AtomicU64::new(times)))
         .map_err(|_| "a kill point is chosen already".to_owned())
+}
+
+/// Sets the machine's clock ahead, or (negative) back, by milliseconds, as this process sees it. To be called before anything looks at it.
+pub fn set_clock_offset(millis: i64) {
+    CLOCK_OFFSET.store(millis, Ordering::Relaxed);
+}
+
+/// How far the machine's clock is set apart, in milliseconds.
+pub(crate) fn clock_offset() -> i64 {
+    CLOCK_OFFSET.load(Ordering::Relaxed)
 }
 
 fn named<T: Copy>(list: &[(&str, T)], name: &str) -> Option<T> {

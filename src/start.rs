@@ -47,7 +47,7 @@ const TASKS_WAIT: Duration = Duration::from_secs(3);
 const JOURNAL_WAIT: Duration = Duration::from_secs(3);
 
 /// How long a start waits for the control row, from a store that has just leased it a node id.
-const CONTROL_WAIT: Duration = Duration::from_secs(2);
+const CONTROL_WAIT: Duration = Duration::from_secs(5);
 
 /// How many notices of the queue are passed on to Redis at a time.
 const NOTICES_AT_A_TIME: usize = 64;
@@ -356,6 +356,12 @@ fn observe(metrics: &mut Metrics, store: &Store, parts: &GatewayParts) {
         "store_breaker_open",
         "Whether the store is held to be down: 1 while it is",
         move || f64::from(u8::from(store.breaker().is_open())),
+    );
+    let clock = Arc::clone(&parts.clock);
+    metrics.gauge(
+        "store_clock_offset_seconds",
+        "How far this gateway's clock is ahead of the store's, negative if behind; beyond 10 either way writes are refused",
+        move || clock.offset().0 as f64 / 1_000.0,
     );
     let (entries, bytes) = (queue.clone(), queue.clone());
     metrics.gauge(

@@ -3,6 +3,7 @@
 //! Owns the rig: a whole gateway without Redis over scripted faults, which other modules' tests may use. The storm, in which all of it
 //! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`].
 
+mod clock;
 mod durable;
 mod storm;
 

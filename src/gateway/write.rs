@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{Durability, Gateway, WriteRequest, Written, died};
 use crate::{
     cache::Copy,
+    clock::NoStamp,
     error::{Error, ErrorKind},
     model::{Entry, Key, Timestamp, Version, Write},
     namespace::WriteMode,
@@ -58,6 +59,7 @@ impl Gateway {
             value: request.value,
             deadline,
         };
+        self.parts().clock.can_stamp().map_err(not_stamped)?;
         if mode == WriteMode::Through {
             return self.write_through(draft).await;
         }
@@ -160,8 +162,7 @@ impl Gateway {
         let parts = self.parts();
         let pending = parts.queue.pending(key).map(|pending| pending.entry.version);
         let known = standing.max(pending).max(parts.memory.version(key));
-        let stamped = parts.clock.stamp(known);
-        stamped.map_err(|lapsed| Error::new(ErrorKind::Unavailable, lapsed.to_string()))
+        parts.clock.stamp(known).map_err(not_stamped)
     }
 
     /// Offers a write to Redis. The version that stands there now; `None` where there is no Redis, or no answer.
@@ -186,4 +187,8 @@ impl Gateway {
             }
         }
     }
+}
+
+fn not_stamped(why: NoStamp) -> Error {
+    Error::new(ErrorKind::Unavailable, why.to_string())
 }

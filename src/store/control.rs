@@ -15,7 +15,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clock::Clock,
+    clock::{Clock, ClockOffset},
     model::{Epoch, Timestamp, Version},
     store::{Session, Store, StoreError},
 };
@@ -108,9 +108,27 @@ async fn read(session: &mut Session, clock: &Clock) -> Result<Control, StoreErro
     let control = session.control().await?;
     let took = asked_at.elapsed();
     if took <= CLOCK_SAMPLE_MAX {
-        clock.set_offset(asked.after(took / 2).0.saturating_sub(control.now.0));
+        let offset = ClockOffset(asked.after(took / 2).0.saturating_sub(control.now.0));
+        say_crossed(clock.offset(), offset);
+        clock.set_offset(offset);
     }
     Ok(control)
+}
+
+/// Says when the clocks have come too far apart, or near again.
+fn say_crossed(before: ClockOffset, after: ClockOffset) {
+    let ahead_seconds = after.0 as f64 / 1_000.0;
+    match (before.is_off(), after.is_off()) {
+        (false, true) => {
+            let what = "this gateway's clock and the store's are too far apart: writes are refused until the one that is wrong is set right";
+            tracing::error!(ahead_seconds, "{what}; if it was this gateway's, start it again");
+        }
+        (true, false) => tracing::info!(
+            ahead_seconds,
+            "this gateway's clock and the store's agree again; writes go on"
+        ),
+        (true, true) | (false, false) => {}
+    }
 }
 
 #[cfg(test)]
@@ -241,9 +259,9 @@ mod tests {
             .fake
             .script(|call| (call == Call::Control).then(|| Fault::fail(StoreErrorKind::Transient)));
         follower.reads(3).await;
-        assert_eq!(follower.clock.offset(), 0);
+        assert_eq!(follower.clock.offset(), ClockOffset(0));
         follower.fake.script(|_| None);
-        eventually(|| follower.clock.offset() == -60_000).await;
+        eventually(|| follower.clock.offset() == ClockOffset(-60_000)).await;
         follower.end().await;
     }
 
@@ -259,7 +277,7 @@ mod tests {
         released.notify_one();
         eventually(|| follower.epoch().is_some()).await;
         assert!(
-            (follower.clock.offset() - 5_000).abs() <= 5,
+            (follower.clock.offset().0 - 5_000).abs() <= 5,
             "{}",
             follower.clock.offset()
         );

@@ -17,6 +17,7 @@ mod harness;
 mod anomalies;
 mod bad_input;
 mod cache_redis;
+mod clock;
 mod config;
 mod deadlines;
 mod health;
