@@ -268,7 +268,13 @@ impl Run {
             }
         }
         let exit = self.gateway.wait_exit(SOON).await;
-        let code = exit.code.unwrap_or_default();
+        let Some(code) = exit.code else {
+            // Else its keeper would have said so: it was ended by somebody else.
+            return Err(Broken(format!(
+                "nobody knows how the gateway ended, to be ended by {how:?}; it said:\n{}",
+                exit.log
+            )));
+        };
         let expected: &[i32] = match how {
             End::Kill => &[KILLED],
             End::Terminate => &[STOPPED, LEFT_BEHIND],

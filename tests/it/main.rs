@@ -27,6 +27,7 @@ mod journal_directory;
 mod journal_disk;
 mod journal_full;
 mod limits;
+mod network;
 mod offline;
 mod outage;
 mod poison;
