@@ -14,6 +14,13 @@
 
 mod harness;
 
+// The checker of another target: it is proved here, and used there.
+#[allow(dead_code, reason = "the other target uses more of it")]
+#[path = "../consistency/check/mod.rs"]
+mod check;
+#[path = "../consistency/history.rs"]
+mod history;
+
 mod anomalies;
 mod bad_input;
 mod cache_redis;
@@ -21,6 +28,7 @@ mod clock;
 mod config;
 mod deadlines;
 mod health;
+mod histories;
 mod horizon;
 mod journal;
 mod journal_directory;

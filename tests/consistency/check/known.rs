@@ -1,0 +1,256 @@
+//! Who wrote what of one key: each version, and each absence.
+//!
+//! Owns telling writes by their values and versions, and the complaints where that fails. An absence is told no version, so it has to be
+//! excused by a delete that it may have seen.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::{Rule, Verdict};
+use crate::history::{Act, Class, History, Nanos, Op, Outcome, Record, Value, Version};
+
+/// How long after its call a delete of unknown outcome and unknown version may have been stamped, as the stamps of other replicas count time:
+/// deadlines, pauses and the clocks' distance are less.
+const OPEN_DELETE_LASTS: Nanos = 20_000_000_000;
+
+/// A write, and what is known of it.
+#[derive(Debug, Clone, Copy)]
+struct Author {
+    /// `None`: a tombstone whose writer was not told.
+    value: Option<Value>,
+    call: Nanos,
+}
+
+/// See the module.
+pub struct Known<'a> {
+    pub key: usize,
+    by_value: HashMap<Value, &'a Op>,
+    /// Of the puts whose version is known, by their values.
+    versions: HashMap<Value, Version>,
+    authors: BTreeMap<Version, Author>,
+    /// Tombstones by version, each with the call of its delete.
+    tombstones: Vec<(Version, Nanos)>,
+    /// The same by call, each with the highest version up to there.
+    highest_tombstones: Vec<(Nanos, Version)>,
+    /// Calls of deletes that may have been seen and whose version nobody knows.
+    open_deletes: Vec<Nanos>,
+}
+
+impl<'a> Known<'a> {
+    /// Finds out who wrote what was seen, and complains of what nobody can have written.
+    pub fn learn(history: &History, key: usize, class: Class, ops: &[&'a Op], verdict: &mut Verdict) -> Known<'a> {
+        let mut known = Known {
+            key,
+            by_value: HashMap::new(),
+            versions: HashMap::new(),
+            authors: BTreeMap::new(),
+            tombstones: Vec::new(),
+            highest_tombstones: Vec::new(),
+            open_deletes: Vec::new(),
+        };
+        let mut untold: Vec<Nanos> = Vec::new();
+        for op in ops {
+            let Act::Write { value, outcome, .. } = &op.act else {
+                continue;
+            };
+            if let Some(value) = value {
+                known.by_value.insert(*value, op);
+            } else if *outcome == Outcome::Unknown {
+                untold.push(op.call);
+            }
+            if let Outcome::Ok(version) = outcome {
+                known.acknowledge(*version, *value, op, verdict);
+            }
+        }
+        let end = ops.iter().map(|op| op.ret).max().unwrap_or(0);
+        let tombs = known.learn_rows(history, end, &untold, verdict);
+        for op in ops {
+            if let Act::Read {
+                found: Some((version, value)),
+                source,
+                ..
+            } = &op.act
+            {
+                known.recognise(*version, *value, op.ret, op.call, source, verdict);
+            }
+        }
+        known.tombstones.sort_unstable();
+        let mut by_call: Vec<_> = known
+            .tombstones
+            .iter()
+            .map(|(version, call)| (*call, *version))
+            .collect();
+        by_call.sort_unstable();
+        let mut highest = 0;
+        for (_, version) in &mut by_call {
+            highest = highest.max(*version);
+            *version = highest;
+        }
+        known.highest_tombstones = by_call;
+        // Of a key written only through, whatever anybody saw is in the rows.
+        if class != Class::Through && tombs < untold.len() {
+            known.open_deletes = untold;
+        }
+        known
+    }
+
+    fn acknowledge(&mut self, version: Version, value: Option<Value>, op: &Op, verdict: &mut Verdict) {
+        let author = Author { value, call: op.call };
+        if let Some(other) = self.authors.insert(version, author) {
+            let what = format!(
+                "version {version} was acknowledged for two writes, {value:?} and {:?}",
+                other.value
+            );
+            verdict.complain(Rule::TwoVersions, self.key, op.call, what);
+        }
+        match value {
+            Some(value) => {
+                self.versions.insert(value, version);
+            }
+            None => self.tombstones.push((version, op.call)),
+        }
+    }
+
+    /// Learns from the rows. How many tombstones of writers that were not told they had.
+    fn learn_rows(&mut self, history: &History, end: Nanos, untold: &[Nanos], verdict: &mut Verdict) -> usize {
+        let key = self.key;
+        let mut stands = None;
+        let mut tombs = 0;
+        let applied = history.applied.get(&key).map_or(&[][..], Vec::as_slice);
+        for Record { version, value } in applied {
+            if stands.is_some_and(|stands| stands >= *version) {
+                let what = format!("its row went from version {stands:?} to {version}");
+                verdict.complain(Rule::StoreWentBack, key, end, what);
+            }
+            stands = Some(*version);
+            match value {
+                Some(value) => self.recognise(*version, *value, end, end, "the audit", verdict),
+                None => tombs += usize::from(self.recognise_tombstone(*version, untold, verdict, end)),
+            }
+        }
+        if tombs > untold.len() {
+            let what = format!(
+                "{tombs} tombstones stood in its row whose writers were not told so, and {} deletes can be that",
+                untold.len()
+            );
+            verdict.complain(Rule::NeverWritten, key, end, what);
+        }
+        let row = history.rows.get(&key).map(|row| row.version);
+        if row != stands {
+            let what = format!("version {row:?} stands in its row, and {stands:?} was the last that came there");
+            verdict.complain(Rule::StoreWentBack, key, end, what);
+        }
+        tombs
+    }
+
+    /// Whether this tombstone is of a delete whose caller was not told.
+    fn recognise_tombstone(&mut self, version: Version, untold: &[Nanos], verdict: &mut Verdict, end: Nanos) -> bool {
+        match self.authors.get(&version) {
+            Some(Author { value: None, .. }) => false,
+            Some(Author { value, .. }) => {
+                let what = format!("version {version} is a tombstone in its row, and was a put of {value:?}");
+                verdict.complain(Rule::TwoVersions, self.key, end, what);
+                false
+            }
+            None => {
+                let call = untold.iter().min().copied().unwrap_or(0);
+                self.authors.insert(version, Author { value: None, call });
+                self.tombstones.push((version, call));
+                true
+            }
+        }
+    }
+
+    /// Finds the write whose value was seen, by `seen_by`.
+    fn recognise(
+        &mut self,
+        version: Version,
+        value: Value,
+        seen_by: Nanos,
+        at: Nanos,
+        place: &str,
+        verdict: &mut Verdict,
+    ) {
+        let key = self.key;
+        let Some(op) = self.by_value.get(&value).copied() else {
+            let what = format!("{place} shows {value:?}, which was never written to it, as version {version}");
+            return verdict.complain(Rule::NeverWritten, key, at, what);
+        };
+        if op.call >= seen_by {
+            let what = format!(
+                "{place} shows version {version} at {seen_by}, and it was written at {}",
+                op.call
+            );
+            verdict.complain(Rule::FromTheFuture, key, at, what);
+        }
+        if let Act::Write {
+            outcome: Outcome::NotApplied,
+            ..
+        } = op.act
+        {
+            let what = format!("{place} shows version {version}, a write that was refused");
+            verdict.complain(Rule::WasRefused, key, at, what);
+        }
+        let before = *self.versions.entry(value).or_insert(version);
+        let author = *self.authors.entry(version).or_insert(Author {
+            value: Some(value),
+            call: op.call,
+        });
+        if before != version || author.value != Some(value) {
+            let what = format!(
+                "{place} shows version {version} with {value:?}, which was version {before}; that version was {:?}",
+                author.value
+            );
+            verdict.complain(Rule::TwoVersions, key, at, what);
+        }
+    }
+
+    /// The version of a write, where anybody was told or shown it.
+    pub fn version(&self, op: &Op) -> Option<Version> {
+        match &op.act {
+            Act::Write {
+                outcome: Outcome::Ok(version),
+                ..
+            } => Some(*version),
+            Act::Write { value: Some(value), .. } => self.versions.get(value).copied(),
+            Act::Write { value: None, .. } | Act::Read { .. } => None,
+        }
+    }
+
+    /// The lowest version, at or above `floor`, that an absence seen by `seen_by` can be: 0 where nothing need have been written.
+    pub fn absence(&self, floor: Version, seen_by: Nanos) -> Option<Version> {
+        if floor <= 0 {
+            return Some(0);
+        }
+        let first = self.tombstones.partition_point(|(version, _)| *version < floor);
+        self.tombstones[first..]
+            .iter()
+            // Calls rise about as versions do.
+            .take_while(|(_, call)| *call < seen_by.saturating_add(3 * OPEN_DELETE_LASTS))
+            .find(|(_, call)| *call < seen_by)
+            .map(|(version, _)| *version)
+            .or_else(|| self.is_open_above(floor, seen_by).then_some(floor))
+    }
+
+    /// The highest version that an absence seen by `seen_by` can be.
+    pub fn latest_absence(&self, seen_by: Nanos) -> Version {
+        let before = self.highest_tombstones.partition_point(|(call, _)| *call < seen_by);
+        before.checked_sub(1).map_or(0, |last| self.highest_tombstones[last].1)
+    }
+
+    /// Whether there may have been a delete above a version that nobody was told of.
+    fn is_open_above(&self, floor: Version, seen_by: Nanos) -> bool {
+        let written = self.authors.get(&floor).map_or(0, |author| author.call);
+        let first = self
+            .open_deletes
+            .partition_point(|call| call.saturating_add(OPEN_DELETE_LASTS) < written);
+        self.open_deletes.get(first).is_some_and(|call| *call < seen_by)
+    }
+
+    /// The rule that is broken by missing a version: if that is a delete, and a value is shown for it, what was deleted is back.
+    pub fn blame(&self, rule: Rule, missed: Version, shows_value: bool) -> Rule {
+        match self.authors.get(&missed) {
+            Some(Author { value: None, .. }) if shows_value => Rule::Resurrected,
+            Some(_) | None => rule,
+        }
+    }
+}

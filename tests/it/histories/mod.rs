@@ -1,0 +1,232 @@
+//! Proves that the checker of histories accepts what a correct gateway can show, and complains of every way in which one can be wrong.
+//!
+//! The histories are made by a simulated register: as many as there are seeds, each the same every time.
+
+mod mutations;
+mod simulation;
+
+use std::collections::BTreeMap;
+
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
+
+use self::{
+    mutations::MUTATIONS,
+    simulation::{BOUNDS, simulate},
+};
+use crate::{
+    check::{Rule, judge},
+    history::{Act, Class, Consistency, History, Op, Outcome, Record, Replica, Value, Version},
+};
+
+const SEEDS: u64 = 60;
+
+#[test]
+fn what_a_register_can_show_is_accepted() {
+    let mut judged = [0; 5];
+    for seed in 0..SEEDS {
+        let history = simulate(&mut StdRng::seed_from_u64(seed));
+        let verdict = judge(&history, BOUNDS);
+        assert_eq!(verdict.violations, 0, "seed {seed}: {:#?}", verdict.complaints);
+        assert!(verdict.staleness_at(1000) <= BOUNDS.ever);
+        assert!(verdict.staleness_at(500) <= verdict.staleness_at(990));
+        let counts = verdict.judged;
+        for (sum, count) in judged.iter_mut().zip([
+            counts.ordered,
+            counts.sessions,
+            counts.own,
+            counts.staleness,
+            counts.calm,
+        ]) {
+            *sum += count;
+        }
+    }
+    assert!(judged.iter().all(|count| *count > 1000), "{judged:?}");
+}
+
+#[test]
+fn every_way_to_be_wrong_is_noticed() {
+    let mut wrong = [0; MUTATIONS.len()];
+    for seed in 0..SEEDS {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let right = simulate(&mut rng);
+        for ((name, mutate, rules), wrong) in MUTATIONS.iter().zip(&mut wrong) {
+            let mut history = right.clone();
+            let Some(key) = mutate(&mut history, &mut rng) else {
+                continue;
+            };
+            *wrong += 1;
+            let verdict = judge(&history, BOUNDS);
+            let mut complaints = verdict.complaints.iter();
+            assert!(
+                complaints.any(|complaint| complaint.key == key && rules.contains(&complaint.rule)),
+                "{name}, seed {seed}: key {key}: {:#?}",
+                verdict.complaints
+            );
+        }
+    }
+    for ((name, ..), wrong) in MUTATIONS.iter().zip(wrong) {
+        assert!(wrong >= SEEDS / 5, "{name} was possible {wrong} times only");
+    }
+}
+
+/// A second opinion, by trying every order: of a few calls that have any versions, most of them impossible.
+#[test]
+fn the_sweep_agrees_with_a_search_through_all_orders() {
+    let mut agreed = [0; 2];
+    for seed in 0..5_000 {
+        let history = few_calls(&mut StdRng::seed_from_u64(seed));
+        let verdict = judge(&history, BOUNDS);
+        let broken = [Rule::OutOfOrder, Rule::Resurrected, Rule::FromTheFuture];
+        let refused = (verdict.complaints.iter()).any(|complaint| broken.contains(&complaint.rule));
+        let possible = has_order(&history.ops, &mut Vec::new());
+        assert_eq!(
+            possible, !refused,
+            "seed {seed}: {:#?} {:#?}",
+            history.ops, verdict.complaints
+        );
+        agreed[usize::from(possible)] += 1;
+    }
+    assert!(agreed.iter().all(|count| *count > 500), "{agreed:?}");
+}
+
+/// Up to six calls on one key, all of it by chance. Times are apart, so that their order is no matter of taste.
+fn few_calls(rng: &mut StdRng) -> History {
+    let count = rng.random_range(2..=6);
+    let mut instants: Vec<u64> = (1..=2 * count as u64).collect();
+    instants.shuffle(rng);
+    let mut versions: Vec<Version> = (1..=count as Version).collect();
+    versions.shuffle(rng);
+    let mut records = Vec::new();
+    let mut ops = Vec::new();
+    for number in 0..count {
+        let (one, other) = (instants[2 * number], instants[2 * number + 1]);
+        let op = Op {
+            key: 0,
+            session: number as u32,
+            replica: Replica { number, life: Some(0) },
+            call: one.min(other),
+            ret: one.max(other),
+            act: Act::Read {
+                consistency: Consistency::Store,
+                at_least: None,
+                found: None,
+                stale: false,
+                source: "the store",
+            },
+        };
+        ops.push(op);
+        if rng.random_range(0..5) < 2 {
+            let record = Record {
+                version: versions[number],
+                value: rng.random_bool(0.7).then_some(Value(number as u64)),
+            };
+            // One whose caller was not told is seen below, or is nowhere.
+            let told = record.value.is_none() || rng.random_bool(0.8);
+            records.push((record, told));
+            ops[number].act = Act::Write {
+                through: true,
+                value: record.value,
+                outcome: if told {
+                    Outcome::Ok(record.version)
+                } else {
+                    Outcome::Unknown
+                },
+            };
+        }
+    }
+    let mut seen: Vec<Record> = Vec::new();
+    for op in &mut ops {
+        if let Act::Read { found, .. } = &mut op.act
+            && !records.is_empty()
+            && rng.random_bool(0.8)
+        {
+            let record = records[rng.random_range(0..records.len())].0;
+            *found = record.value.map(|value| (record.version, value));
+            seen.push(record);
+        }
+    }
+    let stood = records.iter().filter(|(record, told)| *told || seen.contains(record));
+    let mut applied: Vec<Record> = stood.map(|(record, _)| *record).collect();
+    applied.sort_by_key(|record| record.version);
+    ops.retain(|op| {
+        !matches!(op.act, Act::Write { value: Some(value), outcome: Outcome::Unknown, .. }
+        if !applied.iter().any(|record| record.value == Some(value)))
+    });
+    History {
+        classes: vec![Class::Through],
+        ops,
+        rows: applied.last().map(|last| (0, *last)).into_iter().collect(),
+        applied: BTreeMap::from([(0, applied)]),
+        settled: Vec::new(),
+        calm: Vec::new(),
+    }
+}
+
+/// Whether the calls that are not in `order` can follow it.
+fn has_order(ops: &[Op], order: &mut Vec<usize>) -> bool {
+    if order.len() == ops.len() {
+        return true;
+    }
+    // What stands, as of the last write: by its place.
+    let written = order
+        .iter()
+        .rev()
+        .find(|place| matches!(ops[**place].act, Act::Write { .. }));
+    let stands = written.map(|place| &ops[*place]);
+    for next in 0..ops.len() {
+        let op = &ops[next];
+        let left = |place: &usize| !order.contains(place);
+        let overdue = (0..ops.len()).filter(left).any(|other| over(&ops[other]) < op.call);
+        if order.contains(&next) || overdue {
+            continue;
+        }
+        let fits = match &op.act {
+            Act::Write { .. } => stands.is_none_or(|stands| version(ops, stands) < version(ops, op)),
+            Act::Read { found, .. } => {
+                let value = stands.and_then(|stands| match stands.act {
+                    Act::Write { value, .. } => value,
+                    Act::Read { .. } => None,
+                });
+                found.map(|(_, value)| value) == value
+            }
+        };
+        if fits {
+            order.push(next);
+            if has_order(ops, order) {
+                return true;
+            }
+            order.pop();
+        }
+    }
+    false
+}
+
+fn over(op: &Op) -> u64 {
+    let told = !matches!(
+        op.act,
+        Act::Write {
+            outcome: Outcome::Unknown,
+            ..
+        }
+    );
+    if told { op.ret } else { u64::MAX }
+}
+
+/// The version of a write: as its caller was told, or as it was seen.
+fn version(ops: &[Op], op: &Op) -> Version {
+    match op.act {
+        Act::Write {
+            outcome: Outcome::Ok(version),
+            ..
+        } => version,
+        Act::Write { value: written, .. } => {
+            let mut shown = ops.iter().filter_map(|op| match op.act {
+                Act::Read { found, .. } => found,
+                Act::Write { .. } => None,
+            });
+            let seen = shown.find(|(_, value)| Some(*value) == written);
+            seen.expect("only what was seen is left").0
+        }
+        Act::Read { .. } => unreachable!("it is no write"),
+    }
+}

@@ -1,0 +1,233 @@
+//! A register that is right: clients call it at random times, and it shows them as little as it may.
+
+use std::collections::BTreeMap;
+
+use rand::{RngExt, rngs::StdRng};
+
+use crate::{
+    check::Bounds,
+    history::{Act, Class, Consistency, History, Nanos, Op, Outcome, Record, Replica, Settled, Value, Version},
+};
+
+pub const BOUNDS: Bounds = Bounds {
+    ever: 300_000,
+    calm: 80_000,
+};
+
+const CLASSES: [Class; 3] = [Class::Through, Class::Behind, Class::Mixed];
+const REPLICAS: usize = 3;
+const SESSIONS: u32 = 8;
+const CALLS_OF_SESSION: u32 = 60;
+
+/// How long a replica lives.
+const LIFE: Nanos = 400_000;
+
+/// When there is calm: every other such time.
+const CALM: Nanos = 500_000;
+
+/// A call, before it is known what it sees.
+struct Draft {
+    op: Op,
+    /// When it takes effect; `None` if it never does.
+    effect: Option<Nanos>,
+}
+
+/// What a key became, and when.
+type Timeline = Vec<(Nanos, Record)>;
+
+/// A run of the register.
+pub fn simulate(rng: &mut StdRng) -> History {
+    let mut drafts: Vec<Draft> = (0..SESSIONS).flat_map(|session| calls_of(session, rng)).collect();
+    drafts.sort_by_key(|draft| draft.effect);
+    let mut timelines: Vec<Timeline> = vec![Vec::new(); CLASSES.len()];
+    let mut next: Version = 1;
+    for draft in &mut drafts {
+        if let (Act::Write { value, outcome, .. }, Some(effect)) = (&mut draft.op.act, draft.effect) {
+            next += rng.random_range(1..1000);
+            let record = Record {
+                version: next,
+                value: *value,
+            };
+            timelines[draft.op.key].push((effect, record));
+            if let Outcome::Ok(version) = outcome {
+                *version = next;
+            }
+        }
+    }
+    let end = drafts.iter().map(|draft| draft.op.ret).max().unwrap_or(0);
+    let calm: Vec<_> = (0..end / CALM).step_by(2).map(|n| n * CALM..(n + 1) * CALM).collect();
+    // In the order of calls: what a session saw before binds it.
+    drafts.sort_by_key(|draft| draft.op.call);
+    for place in 0..drafts.len() {
+        let (before, rest) = drafts.split_at_mut(place);
+        show(&mut rest[0], before, &timelines, &calm, rng);
+    }
+    let rows: BTreeMap<usize, Record> = timelines
+        .iter()
+        .enumerate()
+        .filter_map(|(key, timeline)| Some((key, timeline.last()?.1)))
+        .collect();
+    let settled = (0..CLASSES.len()).flat_map(|key| {
+        let found = rows.get(&key).and_then(|row| Some((row.version, row.value?)));
+        (0..REPLICAS).map(move |replica| Settled {
+            key,
+            replica,
+            consistency: Consistency::Cached,
+            found,
+        })
+    });
+    History {
+        classes: CLASSES.to_vec(),
+        settled: settled.collect(),
+        ops: drafts.into_iter().map(|draft| draft.op).collect(),
+        applied: timelines
+            .into_iter()
+            .map(|timeline| timeline.into_iter().map(|(_, record)| record).collect())
+            .enumerate()
+            .collect(),
+        rows,
+        calm: vec![calm; REPLICAS],
+    }
+}
+
+fn calls_of(session: u32, rng: &mut StdRng) -> Vec<Draft> {
+    let mut drafts = Vec::new();
+    let mut now = rng.random_range(1..20_000);
+    // Half of the sessions carry versions, half of them stay with a replica.
+    let (carries, stays) = (session.is_multiple_of(2), session.is_multiple_of(4));
+    for number in 0..CALLS_OF_SESSION {
+        let call = now + rng.random_range(1..10_000);
+        let ret = call + rng.random_range(2..20_000);
+        now = ret;
+        let replica = if stays {
+            session as usize
+        } else {
+            rng.random_range(0..REPLICAS)
+        } % REPLICAS;
+        let key = rng.random_range(0..CLASSES.len());
+        let mut effect = Some(rng.random_range(call + 1..ret));
+        let act = if rng.random_range(0..10) < 4 {
+            let value = rng
+                .random_bool(0.7)
+                .then_some(Value(u64::from(session * CALLS_OF_SESSION + number)));
+            let outcome = match rng.random_range(0..10) {
+                0 => {
+                    effect = None;
+                    Outcome::NotApplied
+                }
+                1 => {
+                    effect = rng.random_bool(0.6).then(|| call + rng.random_range(1..100_000));
+                    Outcome::Unknown
+                }
+                _ => Outcome::Ok(0),
+            };
+            let through = CLASSES[key] == Class::Through || CLASSES[key] == Class::Mixed && rng.random();
+            Act::Write {
+                through,
+                value,
+                outcome,
+            }
+        } else {
+            Act::Read {
+                consistency: match rng.random_range(0..4) {
+                    0 | 1 => Consistency::Cached,
+                    2 => Consistency::Shared,
+                    _ => Consistency::Store,
+                },
+                // That it does is marked so; with which, is known later.
+                at_least: carries.then_some(0),
+                found: None,
+                stale: false,
+                source: "the register",
+            }
+        };
+        drafts.push(Draft {
+            op: Op {
+                key,
+                session,
+                replica: Replica {
+                    number: replica,
+                    life: (call / LIFE == ret / LIFE).then_some((call / LIFE) as u32),
+                },
+                call,
+                ret,
+                act,
+            },
+            effect,
+        });
+    }
+    drafts
+}
+
+/// Answers a read with anything that it may see.
+fn show(
+    draft: &mut Draft,
+    before: &[Draft],
+    timelines: &[Timeline],
+    calm: &[std::ops::Range<Nanos>],
+    rng: &mut StdRng,
+) {
+    let op = &mut draft.op;
+    let timeline = &timelines[op.key];
+    let Act::Read {
+        consistency,
+        at_least,
+        found,
+        ..
+    } = &mut op.act
+    else {
+        return;
+    };
+    let effect = draft.effect.expect("a read has its instant");
+    let mut earliest = 0;
+    let mut floor = 0;
+    if CLASSES[op.key] == Class::Through {
+        let bound = if calm.iter().any(|time| time.contains(&op.call)) {
+            BOUNDS.calm
+        } else {
+            BOUNDS.ever
+        };
+        earliest = match consistency {
+            Consistency::Store => effect,
+            Consistency::Cached | Consistency::Shared => op.call.saturating_sub(bound),
+        };
+    }
+    for other in before.iter().map(|draft| &draft.op).filter(|other| other.key == op.key) {
+        let same_session = other.session == op.session;
+        match other.act {
+            Act::Write {
+                outcome: Outcome::Ok(version),
+                ..
+            } => {
+                let lives_on = *consistency == Consistency::Store || other.replica.life == op.replica.life;
+                let own = other.replica.number == op.replica.number
+                    && other.ret < op.call
+                    && *consistency != Consistency::Shared
+                    && lives_on;
+                if own || same_session && at_least.is_some() {
+                    floor = floor.max(version);
+                }
+                if same_session {
+                    *at_least = at_least.map(|at_least| at_least.max(version));
+                }
+            }
+            Act::Read {
+                found: Some((version, _)),
+                ..
+            } if same_session && at_least.is_some() => {
+                floor = floor.max(version);
+                *at_least = at_least.map(|at_least| at_least.max(version));
+            }
+            Act::Write { .. } | Act::Read { .. } => {}
+        }
+    }
+    let reached = timeline.iter().find(|(_, record)| record.version >= floor);
+    let earliest = earliest.max(if floor > 0 {
+        reached.expect("it was written").0
+    } else {
+        0
+    });
+    let instant = rng.random_range(earliest.min(effect)..=effect);
+    let seen = timeline.iter().rev().find(|(at, _)| *at <= instant);
+    *found = seen.and_then(|(_, record)| Some((record.version, record.value?)));
+}
