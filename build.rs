@@ -14,7 +14,7 @@ use prost::Message;
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
     println!("cargo::rerun-if-changed=migrations");
-    let descriptors = protox::compile(["tidegate/v1/gateway.proto"], ["proto"])?;
+    let descriptors = protox::compile(["tidegate/v1/gateway.proto", "tidegate/v1/admin.proto"], ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("tidegate_descriptor.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()

@@ -4,8 +4,8 @@
 //! stamp versions, or has a journal that failed, which only a restart mends: a dead store must not take every replica out of rotation
 //! while caches and write-behind can serve, nor must a full disk, for reads and write-through go on. What it depends on has names of its
 //! own, `tidegate.store`, `tidegate.cache` and `tidegate.journal`; so has the clock, `tidegate.clock`: where it and the store's are too far apart
-//! writes are refused, and reads go on, on every replica if it is the store's that is wrong. Does not own the probing: the store's breaker,
-//! the Redis link, the journal and the clock know.
+//! writes are refused, and reads go on, on every replica if it is the store's that is wrong. That L1 is off because others are not heard is
+//! said by `/readyz` alone. Does not own the probing: the store's breaker, the Redis link, the journal and the clock know.
 
 use std::{
     fmt,
@@ -55,6 +55,7 @@ pub struct Readiness {
     pub ready: bool,
     store: bool,
     cache: Option<bool>,
+    invalidation: Option<bool>,
     journal: JournalState,
     clock: ClockOffset,
 }
@@ -77,6 +78,7 @@ impl fmt::Display for Readiness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = |up: bool| if up { "up" } else { "down" };
         let cache = self.cache.map_or("none", word);
+        let invalidation = self.invalidation.map_or("none", word);
         let gateway = if self.ready { "ready" } else { "not ready" };
         let journal = match self.journal {
             JournalState::Up => "up",
@@ -92,7 +94,7 @@ impl fmt::Display for Readiness {
         let store = word(self.store);
         writeln!(
             f,
-            "{gateway}\nstore: {store}\ncache: {cache}\njournal: {journal}\nclock: {clock}"
+             "{gateway}\nstore: {store}\ncache: {cache}\ninvalidation: {invalidation}\njournal: {journal}\nclock: {clock}"
         )
     }
 }
@@ -123,6 +125,7 @@ impl Health {
             ready: !stopping && self.clock.is_leased() && journal != JournalState::Failed,
             store: !self.store.breaker().is_open(),
             cache: self.background.redis_is_up(),
+            invalidation: self.background.invalidation_is_up(),
             journal,
             clock: self.clock.offset(),
         }
@@ -221,7 +224,7 @@ mod tests {
         assert_eq!(told(&health, CACHE_SERVICE).await, None, "there is no Redis");
         assert_eq!(
             health.readiness().to_string(),
-            "ready\nstore: down\ncache: none\njournal: up\nclock: ok\n"
+            "ready\nstore: down\ncache: none\ninvalidation: none\njournal: up\nclock: ok\n"
         );
     }
 

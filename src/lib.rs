@@ -9,7 +9,8 @@
 //! - [`cache`]: copies for reading. L1 in memory, Redis, one load per missing key.
 //! - [`queue`]: writes accepted and not yet in the store, and their drain.
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
-//! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it.
+//! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it. [`stats`]: a command that
+//!   looks into one that runs.
 
 /// A place where a test build may be told to kill itself (`planted`); nothing in any other build.
 macro_rules! kill_point {
@@ -37,5 +38,6 @@ pub mod rpc;
 pub mod settings;
 pub mod shutdown;
 pub mod start;
+pub mod stats;
 pub mod store;
 pub mod telemetry;

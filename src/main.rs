@@ -14,6 +14,7 @@ use tidegate::{
     queue::journal::{JournalError, fs::DiskFs, inspect},
     shutdown::StopSignals,
     start::{Ending, Running, StartError},
+    stats,
     telemetry::start_log,
 };
 
@@ -51,6 +52,8 @@ enum Command {
     Config(Flags),
     /// Exit 0 if the gateway with this configuration is ready
     Health(Flags),
+    /// Show what the gateway with this configuration has counted of each namespace
+    Stats(StatsArguments),
     /// Look into the journal of this configuration, or mend it
     #[command(subcommand)]
     Journal(JournalCommand),
@@ -62,6 +65,15 @@ enum JournalCommand {
     Inspect(Flags),
     /// Make one that a start refuses fit again: keep what can be read, set the old files aside; no gateway may run on it
     Repair(Flags),
+}
+
+/// The arguments of `stats`.
+#[derive(clap::Args)]
+struct StatsArguments {
+    #[command(flatten)]
+    flags: Flags,
+    #[command(flatten)]
+    options: stats::Options,
 }
 
 /// The arguments of `serve`.
@@ -128,6 +140,9 @@ fn main() -> ExitCode {
         Some(Command::Serve(serving)) => configured(&serving.flags, serve),
         Some(Command::Config(flags)) => configured(&flags, print),
         Some(Command::Health(flags)) => configured(&flags, health),
+        Some(Command::Stats(arguments)) => {
+            configured(&arguments.flags, |config| show_stats(config, &arguments.options))
+        }
         Some(Command::Journal(JournalCommand::Inspect(flags))) => configured(&flags, inspect),
         Some(Command::Journal(JournalCommand::Repair(flags))) => configured(&flags, repair),
     };
@@ -179,6 +194,13 @@ fn health(config: &Config) -> anyhow::Result<ExitCode> {
     } else {
         Err(anyhow!("the gateway at {address} is not ready"))
     }
+}
+
+fn show_stats(config: &Config, options: &stats::Options) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start a runtime")?;
+    runtime.block_on(stats::show(config.admin.listen, options))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn inspect(config: &Config) -> anyhow::Result<ExitCode> {

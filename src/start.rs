@@ -11,7 +11,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
-    sync::{Notify, mpsc},
+    sync::mpsc,
     task::{JoinError, JoinHandle, JoinSet},
     time::{Instant, timeout},
 };
@@ -21,23 +21,23 @@ use crate::{
     cache::{
         flight::{FLIGHTS_MAX, Flights},
         memory::Memory,
-        redis,
+        redis::{self, channel::Channel},
     },
     clock::Clock,
     config::{Config, Url},
     data_dir::{DataDir, DataDirError},
     error::Error,
-    gateway::{Gateway, GatewayParts, Refreshes},
+    gateway::{Gateway, GatewayParts, Refreshes, Sharing},
     health::Health,
     operations,
     queue::{
         self, Left, Notice, Queue,
         journal::{Journal, JournalError, Recovered, fs::DiskFs},
     },
-    rpc::serve::Server,
+    rpc::{admin::Admin, serve::Server},
     shutdown,
     store::{Store, StoreError, collect, commit::GroupCommit, control, load::GroupLoad, watch},
-    telemetry::Metrics,
+    telemetry::{Metrics, calls::CallMetrics},
 };
 
 /// How long background tasks may take to end once nothing waits for them: the node id is given back then.
@@ -139,7 +139,8 @@ impl Running {
         let clock = opened
             .lease(config, &data_dir, recovered.high_water, &mut tasks)
             .await?;
-        let _control = follow_control(&store, &clock, &mut tasks).await;
+        let sharing = Arc::new(Sharing::new(&config.redis.prefix));
+        let control = follow_control(&store, &clock, &sharing, &mut tasks).await;
         let queue = queue::Parts {
             store: store.clone(),
             clock,
@@ -148,10 +149,11 @@ impl Running {
             metrics: metrics.queue.clone(),
             store_metrics: metrics.store.clone(),
         };
-        let (parts, notices) = assemble(config, redis, queue, &metrics, &mut tasks);
+        let (parts, notices) = assemble(config, redis, sharing, queue, &metrics, &mut tasks);
         let gateway = Gateway::on_this_thread(&parts, metrics.calls.thread());
         // Ends with the drain workers, when all of theirs is done.
         tasks.add([tokio::spawn(heed(gateway.clone(), notices))]);
+        follow(&parts, &gateway, control, &mut tasks);
         let collecting = collect::start(store.clone(), &config.store, metrics.store.clone(), &tasks.stop);
         tasks.add([collecting]);
 
@@ -161,6 +163,7 @@ impl Running {
         tasks.spawn(health.clone().keep());
         observe(&mut metrics, &store, &parts);
         let operations_address = open_operations(config, metrics.registry, &health, &mut tasks).await?;
+        let admin_address = open_admin(config, gateway, metrics.calls.clone(), &health, &mut tasks).await?;
         let listener = listen(config.listen).await?;
         let failed = |source| StartError::Serve {
             address: config.listen,
@@ -172,6 +175,7 @@ impl Running {
         tracing::info!(
             listen = %server.address(),
             operations = %operations_address,
+            admin = %admin_address,
             store = %config.store_url(),
             cache = %config.redis_url.as_ref().map_or("memory only".to_owned(), Url::masked),
             data_dir = %config.data_dir.display(),
@@ -270,15 +274,20 @@ impl Tasks {
 }
 
 /// What all gateways of the store share, from now on; with a store that answers it is known, and the clocks are compared, when this returns.
-async fn follow_control(store: &Store, clock: &Arc<Clock>, tasks: &mut Tasks) -> (control::Follower, Arc<Notify>) {
-    let wake = Arc::new(Notify::new());
-    let (mut known, following) = control::follow(store.clone(), Arc::clone(clock), Arc::clone(&wake), &tasks.stop);
+async fn follow_control(
+    store: &Store,
+    clock: &Arc<Clock>,
+    sharing: &Sharing,
+    tasks: &mut Tasks,
+) -> control::Follower {
+    let wake = Arc::clone(&sharing.control_changed);
+    let (mut known, following) = control::follow(store.clone(), Arc::clone(clock), wake, &tasks.stop);
     tasks.add([following]);
     if !store.breaker().is_open() {
         // Late or not, the start goes on: so it would without the store.
         let _ = timeout(CONTROL_WAIT, known.wait_for(Option::is_some)).await;
     }
-    (known, wake)
+    known
 }
 
 /// The journal, and what an earlier process left in it.
@@ -307,11 +316,12 @@ async fn open_journal(config: &Config, metrics: &Metrics) -> Result<(Journal, Re
 fn assemble(
     config: &Config,
     redis: Option<redis::Server>,
+    sharing: Arc<Sharing>,
     queue: queue::Parts,
     metrics: &Metrics,
     tasks: &mut Tasks,
 ) -> (GatewayParts, mpsc::Receiver<Notice>) {
-    let (store, clock) = (&queue.store, Arc::clone(&queue.clock));
+    let (store, clock) = (queue.store.clone(), Arc::clone(&queue.clock));
     let commits = GroupCommit::new(store.clone(), &config.store, metrics.store.clone());
     let loads = GroupLoad::new(store.clone(), &config.store, metrics.store.clone());
     tasks.add(commits.start(&tasks.stop));
@@ -327,12 +337,30 @@ fn assemble(
         queue: started.queue,
         commits,
         loads,
+        store,
         redis: redis.map(|server| (config.redis.clone(), server)),
+        sharing,
         metrics: metrics.cache.clone(),
         refreshes: Refreshes::default(),
         load_wait: config.rpc.deadline_default,
     };
     (parts, started.notices)
+}
+
+/// Goes by the control row; and has L1 follow what other gateways write, if there may be others, before the port opens, for until then it
+/// is off.
+fn follow(parts: &GatewayParts, gateway: &Gateway, control: control::Follower, tasks: &mut Tasks) {
+    tasks.spawn(gateway.clone().follow_control(control));
+    let Some((config, server)) = &parts.redis else {
+        return;
+    };
+    parts.memory.gate();
+    let channel = Channel::start(config, server, parts.sharing.origin, parts.metrics.clone());
+    let following = gateway.clone();
+    tasks.spawn(async move { following.follow_channel(channel).await });
+    tasks.spawn(gateway.clone().watch_redis(parts.store.clone()));
+    tasks.spawn(gateway.clone().mend());
+    tasks.spawn(gateway.clone().renew());
 }
 
 /// Tells the caches what became of writes that leave the queue. Ends early if that panics, which stops the process.
@@ -401,6 +429,22 @@ async fn open_operations(
             tracing::error!(%error, "the operations port failed");
         }
     })]);
+    Ok(address)
+}
+
+/// Opens the operators' gRPC port. Where it is.
+async fn open_admin(
+    config: &Config,
+    gateway: Gateway,
+    calls: CallMetrics,
+    health: &Health,
+    tasks: &mut Tasks,
+) -> Result<SocketAddr, StartError> {
+    let listener = listen(config.admin.listen).await?;
+    let address = address(&listener, config.admin.listen)?;
+    let admin = Admin::new(gateway, calls, health.reporter(), config.rpc.reflection);
+    let admin = admin.map_err(|source| StartError::Serve { address, source })?;
+    tasks.add([tokio::spawn(admin.serve(listener, tasks.stop.clone()))]);
     Ok(address)
 }
 

@@ -8,6 +8,8 @@ create table tidegate_control_next (
     gc_horizon   integer not null default 0 check (gc_horizon >= 0),
     -- The epoch of the shared cache: part of every key of it. Random; never set it back to a value it had.
     epoch        integer not null default (1 + abs(random() / 2)) check (epoch > 0),
+    -- When it was moved last; null while it never was.
+    moved_at     integer,
     -- The run_id of the Redis for which the epoch holds; null until the gateway has seen one.
     cache_server text
 ) strict;
@@ -20,5 +22,6 @@ alter table tidegate_control_next rename to tidegate_control;
 create table tidegate_namespace_epochs (
     namespace text primary key,
     -- Part of the keys of the namespace in the shared cache. Random; never set it back to a value it had.
-    epoch     integer not null check (epoch > 0)
+    epoch     integer not null check (epoch > 0),
+    moved_at  integer not null
 ) strict;

@@ -94,10 +94,30 @@ impl Flights {
         }
     }
 
+    /// A flight that nobody can join: who could be joined may have begun before something that nobody told of.
+    pub fn lead_alone(self: &Arc<Self>, key: &Key) -> Ticket {
+        match self.take_off(key) {
+            Some(lead) => Ticket::Lead(lead),
+            None => Ticket::Full,
+        }
+    }
+
     /// Ends the registration of the key's flight. Those who joined still get its answer, for they asked before the write was answered;
     /// later readers start a new one.
     pub fn detach(&self, key: &Key) {
         self.shard(key).lock().remove(key);
+    }
+
+    /// The same of the flight of every key that matches.
+    pub fn detach_where(&self, matches: impl Fn(&Key) -> bool) {
+        for shard in &self.shards {
+            shard.lock().retain(|key, _| !matches(key));
+        }
+    }
+
+    /// The same of every flight.
+    pub fn detach_all(&self) {
+        self.detach_where(|_| true);
     }
 
     /// How many flights run, the detached ones included.
@@ -106,17 +126,22 @@ impl Flights {
     }
 
     fn lead(self: &Arc<Self>, slot: hash_map::VacantEntry<'_, Key, Arc<Flight>>) -> Option<Lead> {
+        let lead = self.take_off(slot.key())?;
+        slot.insert(Arc::clone(&lead.flight));
+        Some(lead)
+    }
+
+    /// Counts a flight in, unless as many run as may.
+    fn take_off(self: &Arc<Self>, key: &Key) -> Option<Lead> {
         self.running
             .try_update(Ordering::Relaxed, Ordering::Relaxed, |running| {
                 (running < self.flights_max).then_some(running + 1)
             })
             .ok()?;
-        let key = slot.key().clone();
-        let flight = Arc::clone(slot.insert(Arc::default()));
         Some(Lead {
             flights: Arc::clone(self),
-            key,
-            flight,
+            key: key.clone(),
+            flight: Arc::default(),
         })
     }
 

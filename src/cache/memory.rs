@@ -7,21 +7,27 @@
 //!
 //! Invariants: no landing puts a lower version over a higher one that stands, or that stood since the landing's token was left; all
 //! changes of a shard are made under its lock, which does not live across an await; reads take no lock of ours. A token costs no bytes
-//! and no copy its place, for it stands beside the cache in `tokens`, and it is never an answer.
+//! and no copy its place, for it stands beside the cache in `tokens`, and it is never an answer. While the `gate` is off nothing stands and
+//! nothing lands, neither then nor later by a token that was left then.
 
+mod gate;
 mod tokens;
 
-use std::{mem, sync::Arc};
+use std::{collections::BTreeMap, mem, sync::Arc};
 
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use quick_cache::{Lifecycle, OptionsBuilder, Weighter, sync::Cache};
 use serde::{Deserialize, Serialize};
 
-use self::tokens::{Number, Tokens};
+use self::{
+    gate::Gate,
+    tokens::{Number, Tokens},
+};
 use crate::{
     cache::Copy,
     model::{Key, Timestamp, Version},
+    telemetry::namespaces::Tally,
 };
 
 /// What a copy takes beyond its key's text and its value: its slot with the links, the places in the hash table, and the
@@ -72,10 +78,12 @@ pub struct Memory {
     copies: Cache<Key, Copy, Weigh, RandomState, Evictions>,
     /// The lock of every shard of `copies`, around its tokens. No shard of `copies` is changed without it.
     tokens: Box<[Mutex<Tokens>]>,
+    evictions: Tally,
+    gate: Gate,
 }
 
 impl Memory {
-    /// An empty L1.
+    /// An empty L1, on for ever unless it is gated.
     pub fn new(config: &Config) -> Memory {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let shards = (config.bytes_max / SHARD_BYTES_MIN).clamp(1, threads * 8);
@@ -90,12 +98,42 @@ impl Memory {
         let copies = Cache::with_options(options, Weigh, RandomState::default(), Evictions);
         // There may be fewer than were asked for.
         let tokens = (0..copies.num_shards()).map(|_| Mutex::default()).collect();
-        Memory { copies, tokens }
+        Memory {
+            copies,
+            tokens,
+            evictions: Tally::default(),
+            gate: Gate::new(),
+        }
+    }
+
+    /// Turns L1 off until it is trusted: where others write too, it is of use only as long as they are heard. What stands has to be dropped
+    /// then.
+    pub fn gate(&self) {
+        self.gate.shut();
+    }
+
+    /// Turns a gated L1 on, or leaves it on, until `until`: all that others did up to a moment ago was heard. Trust never gets shorter, nor
+    /// does it begin while everything is being dropped.
+    pub fn trust_until(&self, until: Timestamp) {
+        self.gate.trust_until(until);
+    }
+
+    /// Whether L1 may answer at `now`.
+    pub fn is_on(&self, now: Timestamp) -> bool {
+        self.gate.is_open(now)
     }
 
     /// The copy of a key, while it may answer at `now`. A record past its own expiry comes back as what it is: it means absent.
     pub fn get(&self, key: &Key, now: Timestamp) -> Option<Copy> {
-        self.copies.get(key).filter(|copy| copy.is_fresh(now))
+        self.last_known(key, now).filter(|copy| copy.is_fresh(now))
+    }
+
+    /// The copy of a key however old, while L1 is on.
+    pub fn last_known(&self, key: &Key, now: Timestamp) -> Option<Copy> {
+        if !self.is_on(now) {
+            return None;
+        }
+        self.copies.get(key)
     }
 
     /// The version that stands on a key, however old the copy. Does not count as a use of it.
@@ -104,8 +142,17 @@ impl Memory {
     }
 
     /// Leaves a token at a key, for a landing. A copy that stands there stays readable.
+    ///
+    /// While L1 is off none is left: who began then may have read what nobody told of, and lands nowhere.
     pub fn leave_token(self: &Arc<Self>, key: &Key) -> Token {
-        let number = self.tokens(key).lock().leave(key);
+        let number = {
+            let mut tokens = self.tokens(key).lock();
+            if self.gate.is_off() {
+                Number::NONE
+            } else {
+                tokens.leave(key)
+            }
+        };
         Token {
             memory: Arc::clone(self),
             key: key.clone(),
@@ -128,6 +175,33 @@ impl Memory {
         self.remove_if(key, |copy| copy.version() == Some(version))
     }
 
+    /// Removes the copy of a key whatever its version, and the token. Whether a copy was removed.
+    pub fn invalidate_key(&self, key: &Key) -> bool {
+        self.remove_if(key, |_| true)
+    }
+
+    /// The same of every key that matches. How many copies were removed. Looks at each copy, which takes up to a second for millions of
+    /// them; nobody waits for it meanwhile.
+    pub fn invalidate_where(&self, matches: impl Fn(&Key) -> bool) -> usize {
+        // Tokens first: what lands at a matching key from now on began after this did, or is a write, which lands over an older one only.
+        for tokens in &self.tokens {
+            tokens.lock().clear_where(&matches);
+        }
+        let matching = self.copies.iter().filter(|(key, _)| matches(key));
+        matching.filter(|(key, _)| self.invalidate_key(key)).count()
+    }
+
+    /// Removes every copy and every token, and is off meanwhile. It takes up to a second for millions of copies; nobody waits for it.
+    pub fn drop_all(&self) {
+        let _off = self.gate.interval();
+        // Who still lands saw L1 on under its shard's lock, and has landed once the lock was taken here.
+        for tokens in &self.tokens {
+            tokens.lock().clear_where(|_| true);
+        }
+        // So none of our locks is needed: nothing lands, and nobody reads.
+        self.copies.clear();
+    }
+
     /// How many copies there are.
     pub fn len(&self) -> usize {
         self.copies.len()
@@ -136,6 +210,11 @@ impl Memory {
     /// Whether there is no copy.
     pub fn is_empty(&self) -> bool {
         self.copies.is_empty()
+    }
+
+    /// How many copies of each namespace have left to make room.
+    pub fn evictions(&self) -> BTreeMap<String, u64> {
+        self.evictions.counts()
     }
 
     /// What the copies weigh, in bytes.
@@ -154,6 +233,9 @@ impl Memory {
     fn land(&self, key: &Key, number: Number, copy: Copy, over_older: bool) -> Landing {
         let mut tokens = self.tokens(key).lock();
         let may_land = tokens.clear(key) == Some(number);
+        if self.gate.is_off() {
+            return Landing::Refused { standing: None };
+        }
         let standing = self.copies.peek(key);
         let stands = standing.as_ref().and_then(Copy::version);
         match (copy.version(), standing) {
@@ -183,10 +265,14 @@ impl Memory {
     fn insert(&self, tokens: &mut Tokens, key: &Key, copy: Copy) {
         let mut evicted = Vec::new();
         self.copies.insert_with_lifecycle(key.clone(), copy, &mut evicted);
-        if !tokens.is_empty() {
-            // All of the same shard.
-            for (key, _) in &evicted {
-                tokens.clear(key);
+        // All of the same shard.
+        for (gone, _) in &evicted {
+            if !tokens.is_empty() {
+                tokens.clear(gone);
+            }
+            // Its own key's is the copy that it replaced, or itself where it is too large to be kept.
+            if gone != key {
+                self.evictions.count(gone.namespace());
             }
         }
     }

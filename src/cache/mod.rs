@@ -1,13 +1,15 @@
 //! Copies for reading: what makes most reads end before the store.
 //!
 //! Owns what a copy is and how long it may answer. [`memory`] is L1, in this process; [`redis`] is L2, shared by the replicas, its
-//! values laid out by `layout`; [`flight`] lets one load per missing key run at a time. Does not own the order in which tiers
-//! are asked, nor writes that are not in the store yet (the gateway and the queue do). Invariants: every tier here is a
+//! values laid out by `layout`; [`message`] is what replicas tell each other; [`flight`] lets one load per missing key run at a time.
+//! Does not own the order in which tiers are asked, nor writes that are not in the store yet (the gateway and the queue do). Invariants: every tier here is a
 //! max-register per key; a copy may be lost at any time and nothing is lost with it; a tier that fails is a miss.
 
+pub mod epochs;
 pub mod flight;
 mod layout;
 pub mod memory;
+pub mod message;
 pub mod redis;
 
 use std::time::Duration;

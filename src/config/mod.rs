@@ -75,6 +75,8 @@ pub struct Config {
     pub rpc: rpc::serve::Config,
     /// The operations HTTP port.
     pub operations: operations::Config,
+    /// The operators' gRPC port.
+    pub admin: rpc::admin::Config,
     /// L1, the cache in memory.
     pub memory: memory::Config,
     /// L2, the cache in Redis.
@@ -104,6 +106,7 @@ impl Default for Config {
             log: "info".to_owned(),
             rpc: rpc::serve::Config::default(),
             operations: operations::Config::default(),
+            admin: rpc::admin::Config::default(),
             memory: memory::Config::default(),
             redis: redis::Config::default(),
             queue: queue::Config::default(),
@@ -251,7 +254,12 @@ impl Config {
     }
 
     fn validate_addresses(&self) -> Result<(), (String, String)> {
-        for (path, address) in [("listen", self.listen), ("operations.listen", self.operations.listen)] {
+        let addresses = [
+            ("listen", self.listen),
+            ("operations.listen", self.operations.listen),
+            ("admin.listen", self.admin.listen),
+        ];
+        for (index, (path, address)) in addresses.into_iter().enumerate() {
             if !self.insecure && !address.ip().is_loopback() {
                 let reason = format!(
                     "{address} is reachable from other machines, and there is no TLS yet: \
@@ -259,10 +267,13 @@ impl Config {
                 );
                 return Err((path.to_owned(), reason));
             }
-        }
-        if self.listen == self.operations.listen && self.listen.port() != 0 {
-            let reason = "operations.listen must differ from listen: two ports cannot be one";
-            return Err(("operations.listen".to_owned(), reason.to_owned()));
+            let same = addresses[..index]
+                .iter()
+                .find(|(_, other)| *other == address && address.port() != 0);
+            if let Some((other, _)) = same {
+                let reason = format!("{path} must differ from {other}: two ports cannot be one");
+                return Err((path.to_owned(), reason));
+            }
         }
         store::check_url(self.store_url().reveal()).map_err(|error| ("store_url".to_owned(), error.message))?;
         if let Some(url) = &self.redis_url {
@@ -350,6 +361,30 @@ mod tests {
         let namespaces = config.namespaces();
         assert_eq!(namespaces.get("orders").write_mode, WriteMode::Behind);
         assert_eq!(namespaces.get("orders").cache_lifetime, Duration::from_secs(7));
+    }
+
+    #[test]
+    fn no_two_ports_are_one() {
+        for (text, said) in [
+            (
+                "[operations]\nlisten = '127.0.0.1:50051'",
+                "operations.listen must differ from listen",
+            ),
+            (
+                "[admin]\nlisten = '127.0.0.1:50051'",
+                "admin.listen must differ from listen",
+            ),
+            (
+                "[admin]\nlisten = '127.0.0.1:9464'",
+                "admin.listen must differ from operations.listen",
+            ),
+            ("[admin]\nlisten = '0.0.0.0:9465'", "reachable from other machines"),
+        ] {
+            let refusal = refused(text);
+            assert!(refusal.contains(said), "{refusal}");
+        }
+        let free = "listen = '127.0.0.1:0'\n[operations]\nlisten = '127.0.0.1:0'\n[admin]\nlisten = '127.0.0.1:0'";
+        assert!(load(free, &[], Flags::default()).is_ok());
     }
 
     #[test]

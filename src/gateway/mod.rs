@@ -1,6 +1,7 @@
 //! The algorithm: get and write, in plain steps. The only module that knows both the caches and the queue.
 //!
-//! Owns the order in which tiers are asked (`read`) and told (`write`), and stamping. Does not own how a tier works: each refuses what is
+//! Owns the order in which tiers are asked (`read`, `load`) and told (`write`), what is shared with other replicas (`shared`, `sharing`,
+//! `coherence`, `epoch`, `mend`), and stamping. Does not own how a tier works: each refuses what is
 //! not newer, so every overlay of two tiers here is a maximum by version and nothing else orders anything.
 //!
 //! Invariants, which make a late landing of an older copy impossible within the process:
@@ -11,11 +12,20 @@
 //! Cancellation: a read's future may be dropped at any await; the load that it leads runs in a task of its own. A write's future may
 //! be dropped until it is admitted (nothing happened); from then on it runs in a task of its own, and only the answer is lost.
 
+mod coherence;
+mod epoch;
+mod load;
+mod mend;
 mod read;
+mod repairs;
+mod shared;
+mod sharing;
+pub mod stats;
 #[cfg(test)]
 pub(crate) mod tests;
 mod write;
 
+pub use self::sharing::Sharing;
 pub use crate::queue::journal::State as JournalState;
 
 use std::{sync::Arc, time::Duration};
@@ -34,14 +44,14 @@ use crate::{
         flight::Flights,
         lifetime,
         memory::Memory,
-        redis::{self, RedisCache},
+        redis::{self, Hold, RedisCache},
     },
     clock::Clock,
     error::{Error, ErrorKind},
     model::{Entry, Key, Source, Timestamp, Version, Write},
     namespace::{Namespaces, WriteMode},
     queue::{Dropped, Notice, Queue, journal::Lane},
-    store::{commit::GroupCommit, load::GroupLoad},
+    store::{Store, commit::GroupCommit, load::GroupLoad},
     telemetry::{CacheMetrics, calls::ThreadCounters},
 };
 
@@ -132,8 +142,12 @@ pub struct GatewayParts {
     pub commits: GroupCommit,
     /// Misses.
     pub loads: GroupLoad,
+    /// What operators ask for.
+    pub store: Store,
     /// L2, if there is one: its settings, and where it is.
     pub redis: Option<(redis::Config, redis::Server)>,
+    /// What is known of what the replicas share.
+    pub sharing: Arc<Sharing>,
     /// What the caches count.
     pub metrics: CacheMetrics,
     /// Permits of background renewals.
@@ -163,7 +177,10 @@ impl Gateway {
     /// A gateway whose tasks and Redis connection live on the current runtime.
     pub fn on_this_thread(parts: &GatewayParts, counters: Arc<ThreadCounters>) -> Gateway {
         let redis = parts.redis.as_ref();
-        let redis = redis.map(|(config, server)| RedisCache::start(config, server, parts.metrics.clone()));
+        let redis = redis.map(|(config, server)| {
+            let (epochs, origin) = (Arc::clone(&parts.sharing.epochs), parts.sharing.origin);
+            RedisCache::start(config, server, epochs, origin, parts.metrics.clone())
+        });
         Gateway {
             inner: Arc::new(Inner {
                 parts: parts.clone(),
@@ -180,6 +197,13 @@ impl Gateway {
     /// # Errors
     /// `Unavailable` when only the store could answer and cannot, `Overloaded` when too many loads wait, `Timeout`.
     pub async fn get(&self, key: &Key, consistency: ReadConsistency, deadline: Instant) -> Result<Found, Error> {
+        let started = Instant::now();
+        let found = self.find(key, consistency, deadline).await;
+        self.count_read(key, consistency, &found, started);
+        found
+    }
+
+    async fn find(&self, key: &Key, consistency: ReadConsistency, deadline: Instant) -> Result<Found, Error> {
         let look = async {
             match consistency {
                 ReadConsistency::Cached => self.get_cached(key, deadline).await,
@@ -211,10 +235,7 @@ impl Gateway {
     /// Removes a version from the caches, where it still stands: the store did not take it. From the slower tier to the faster, as a
     /// write lands: a load that has found it loses its token, and one that begins after the detachment no longer finds it.
     async fn forget(&self, key: &Key, version: Version) {
-        if let Some(redis) = &self.inner.redis {
-            // A failure leaves a copy that ends with its lifetime; the link has counted and logged it.
-            let _ = redis.drop_version(key, version).await;
-        }
+        self.withdraw(key, version).await;
         self.parts().flights.detach(key);
         self.parts().memory.drop_version(key, version);
     }
@@ -225,7 +246,7 @@ impl Gateway {
         let (key, version) = (&write.key, write.entry.version);
         let token = self.parts().memory.leave_token(key);
         let copy = self.copy_of(key, Some(write.entry.clone()), self.parts().clock.now());
-        if self.publish(write, &copy).await.is_none() {
+        if self.publish(write, &copy, Hold::Nothing).await.is_none() {
             self.parts().flights.detach(key);
             token.land_write(copy);
         }

@@ -1,19 +1,17 @@
 //! Reading: down the tiers until one knows.
 //!
-//! Owns which tiers a consistency may ask and in which order, loads and their landing, and refresh-ahead. Does not own time limits
-//! of a call ([`Gateway::get`] bounds it) nor the rule of landing ([`memory`](crate::cache::memory)). Safe to drop at any await.
+//! Owns which tiers a consistency may ask and in which order. Does not own loads and their landing (`load`), what is asked of Redis
+//! (`shared`), nor the time limits of a call ([`Gateway::get`] bounds it). Safe to drop at any await.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::time::Instant;
 
 use super::{Gateway, died};
 use crate::{
     cache::{
         Copy, Loaded,
-        flight::{FLIGHTS_MAX, Lead, Ticket},
-        memory::{Landing, Token},
-        needs_refresh,
+        flight::{FLIGHTS_MAX, Ticket},
     },
     error::{Error, ErrorKind},
     model::{Key, Source, Timestamp},
@@ -28,7 +26,14 @@ impl Gateway {
             return Ok(loaded);
         }
         loop {
-            match self.parts().flights.join_or_lead(key) {
+            let (now, flights) = (self.parts().clock.now(), &self.parts().flights);
+            let ticket = if self.parts().memory.is_on(now) {
+                flights.join_or_lead(key)
+            } else {
+                // A flight's answer is as old as the flight: it may miss what this replica was not told of meanwhile.
+                flights.lead_alone(key)
+            };
+            match ticket {
                 Ticket::Lead(lead) => {
                     return self.spawn_load(lead, deadline).await.map_err(died)?;
                 }
@@ -61,7 +66,10 @@ impl Gateway {
                 confirmed.or(Ok(unconfirmed))
             }
             // A copy past its lifetime does not answer by itself, but an older row does not answer over it either.
-            above => self.get_stored(key, above, deadline).await,
+            above => {
+                let wanted = |copy: &Copy| copy.is_fresh(self.parts().clock.now());
+                self.reload(key, above, wanted, deadline).await
+            }
         }
     }
 
@@ -86,7 +94,7 @@ impl Gateway {
         Ok(found)
     }
 
-    fn look_in_memory(&self, key: &Key, now: Timestamp) -> Option<Loaded> {
+    pub(super) fn look_in_memory(&self, key: &Key, now: Timestamp) -> Option<Loaded> {
         let copy = self.parts().memory.get(key, now)?;
         Some(Loaded {
             copy,
@@ -95,7 +103,7 @@ impl Gateway {
         })
     }
 
-    fn look_in_pending(&self, key: &Key) -> Option<Loaded> {
+    pub(super) fn look_in_pending(&self, key: &Key) -> Option<Loaded> {
         let PendingEntry { entry, unconfirmed } = self.parts().queue.pending(key)?;
         let copy = if unconfirmed {
             // Current when it was stamped, for all that is known; and not to answer from L1.
@@ -112,41 +120,10 @@ impl Gateway {
         })
     }
 
-    /// The newer of what is pending and what Redis holds, which may be past its lifetime.
-    async fn look_above_store(&self, key: &Key) -> Option<Loaded> {
-        let pending = self.look_in_pending(key);
-        let shared = match &self.inner.redis {
-            // A failure is a miss; the link has counted it.
-            Some(redis) => redis.get(key).await.ok().flatten(),
-            None => None,
-        };
-        self.observe(shared.as_ref());
-        let shared = shared.and_then(|copy| self.trusted(key, copy));
-        match (pending, shared) {
-            (Some(pending), Some(shared)) => Some(newest(pending, shared)),
-            (pending, shared) => pending.or(shared),
-        }
-    }
-
-    /// A copy from Redis as far as this replica can trust it: not below what L1 knows to stand, however old that knowledge is (a publish
-    /// of this replica may have failed); and not for longer than a copy made now, for another replica's clock set its end.
-    fn trusted(&self, key: &Key, mut copy: Copy) -> Option<Loaded> {
-        if copy.version() < self.parts().memory.version(key) {
-            return None;
-        }
-        let now = self.parts().clock.now();
-        let most = self.copy_of(key, copy.entry.clone(), now).fresh_until;
-        copy.fresh_until = copy.fresh_until.min(most);
-        Some(Loaded {
-            copy,
-            source: Source::L2,
-            stale: false,
-        })
-    }
-
     async fn load(&self, key: &Key, deadline: Instant) -> Result<Loaded, Error> {
         // From before the query was sent: the copy is at least as new.
         let asked_at = self.parts().clock.now();
+        self.inner.counters.namespaces.load(key.namespace());
         let entry = self.parts().loads.load(key, deadline).await?;
         let copy = self.copy_of(key, entry, asked_at);
         self.observe(Some(&copy));
@@ -157,98 +134,22 @@ impl Gateway {
         })
     }
 
-    /// Loads in a task of its own: those who join do not lose the answer when the caller that leads goes away.
-    fn spawn_load(&self, lead: Lead, deadline: Instant) -> JoinHandle<Result<Loaded, Error>> {
-        let gateway = self.clone();
-        self.inner.tasks.spawn(async move {
-            let deadline = deadline.max(Instant::now() + gateway.parts().load_wait);
-            let key = lead.key().clone();
-            let token = gateway.parts().memory.leave_token(&key);
-            // An earlier flight may have landed between this caller's look and its lead.
-            if let Some(loaded) = gateway.look_in_memory(&key, gateway.parts().clock.now()) {
-                lead.end(Ok(loaded.clone()));
-                return Ok(loaded);
-            }
-            let outcome = gateway.get_shared(&key, deadline).await;
-            gateway.land(lead, token, outcome)
-        })
-    }
-
-    /// Renews a copy in the background when little of its lifetime is left: once, and only so many at a time.
-    fn refresh_if_due(&self, key: &Key, copy: &Copy, now: Timestamp) {
-        let parts = self.parts();
-        let settings = parts.namespaces.get(key.namespace());
-        let whole = settings.lifetime_of(copy.entry.as_ref().is_some_and(|entry| entry.is_live(now)));
-        if !needs_refresh(copy, now, whole, settings.refresh_threshold) {
-            return;
-        }
-        let Some(lead) = parts.flights.try_lead(key) else {
-            return;
-        };
-        let Ok(permit) = Arc::clone(&parts.refreshes.0).try_acquire_owned() else {
-            parts.metrics.refreshes_skipped.inc();
-            return;
-        };
-        parts.metrics.refreshes.inc();
-        let token = parts.memory.leave_token(key);
-        let gateway = self.clone();
-        self.inner.tasks.spawn(async move {
-            let deadline = Instant::now() + gateway.parts().load_wait;
-            // Redis may hold a copy as old as ours: only the store makes it new.
-            let outcome = gateway.get_stored(lead.key(), None, deadline).await;
-            // A failure leaves the copy as it was, and the next read tries again; whoever joined is told.
-            let _ = gateway.land(lead, token, outcome);
-            drop(permit);
-        });
-    }
-
-    /// Ends a load: L1 gets the copy unless a write came since, those who joined get the answer, and Redis what the store gave.
-    fn land(&self, lead: Lead, token: Token, outcome: Result<Loaded, Error>) -> Result<Loaded, Error> {
-        let key = lead.key().clone();
-        let now = self.parts().clock.now();
-        let outcome = outcome.map(|loaded| land_in_memory(token, loaded, now));
-        lead.end(outcome.clone());
-        if let Ok(Loaded {
-            copy,
-            source: Source::Store,
-            stale: false,
-        }) = &outcome
-            && let Some(entry) = copy.entry.clone()
-            && self.inner.redis.is_some()
-        {
-            let (gateway, loaded_at, lifetime) = (self.clone(), copy.loaded_at, copy.lifetime());
-            self.inner.tasks.spawn(async move {
-                if let Some(redis) = &gateway.inner.redis {
-                    // A failure leaves Redis without the copy; the link has counted it.
-                    let _ = redis.land(&key, &entry, loaded_at, lifetime).await;
-                }
-            });
-        }
-        outcome
-    }
-
-    fn observe(&self, copy: Option<&Copy>) {
+    pub(super) fn observe(&self, copy: Option<&Copy>) {
         if let Some(version) = copy.and_then(Copy::version) {
             self.parts().clock.observe(version);
         }
     }
 }
 
-/// Offers what was found to L1. The answer: that, or what L1 keeps instead, if it may still answer.
-fn land_in_memory(token: Token, loaded: Loaded, now: Timestamp) -> Loaded {
-    match token.land_load(loaded.copy.clone()) {
-        Landing::Refused {
-            standing: Some(standing),
-        } if standing.is_fresh(now) => Loaded {
-            copy: standing,
-            source: Source::L1,
-            stale: false,
-        },
-        Landing::Landed | Landing::Renewed | Landing::Refused { .. } => loaded,
-    }
-}
-
 /// The overlay of two tiers: the higher version. An entry is newer than an absence.
 fn newest(a: Loaded, b: Loaded) -> Loaded {
     if b.copy.version() > a.copy.version() { b } else { a }
+}
+
+/// The same of tiers that may know nothing.
+pub(super) fn newest_of(a: Option<Loaded>, b: Option<Loaded>) -> Option<Loaded> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(newest(a, b)),
+        (a, b) => a.or(b),
+    }
 }

@@ -4,6 +4,7 @@
 //! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`].
 
 mod clock;
+mod coherence;
 mod durable;
 mod storm;
 
@@ -110,6 +111,8 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
         commits,
         loads,
         redis: None,
+        store: store.clone(),
+        sharing: Arc::new(Sharing::new("")),
         metrics: cache_metrics,
         refreshes: Refreshes(Arc::new(Semaphore::new(setup.refreshes_max))),
         load_wait: PATIENCE,

@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Durability, Gateway, WriteRequest, Written, died};
 use crate::{
-    cache::Copy,
+    cache::redis::{Hold, Published},
     clock::NoStamp,
     error::{Error, ErrorKind},
     model::{Entry, Key, Timestamp, Version, Write},
@@ -51,6 +51,14 @@ impl Gateway {
     /// `Rejected` when the store refuses the record for good, `Overloaded` when the queue is full and the namespace rejects,
     /// `Unavailable`, `Timeout`; each says whether the write may still take effect.
     pub async fn write(&self, request: WriteRequest, deadline: Instant) -> Result<Written, Error> {
+        let (started, key) = (Instant::now(), request.key.clone());
+        let written = self.write_as_asked(request, deadline).await;
+        let counters = &self.inner.counters.namespaces;
+        counters.write(key.namespace(), written.is_err(), started.elapsed());
+        written
+    }
+
+    async fn write_as_asked(&self, request: WriteRequest, deadline: Instant) -> Result<Written, Error> {
         let settings = self.parts().namespaces.get(request.key.namespace());
         let mode = request.mode.unwrap_or(settings.write_mode);
         let draft = Draft {
@@ -83,13 +91,19 @@ impl Gateway {
         let parts = self.parts();
         // Before the stamp: what lands from now on may be newer, even if it is gone when this lands.
         let token = parts.memory.leave_token(&draft.key);
-        let mut write = draft.stamped(self.stamp(&draft.key, None)?);
+        let entered = self.enter_shared(&draft.key).await;
+        let standing = entered.and_then(|entered| entered.standing);
+        let mut write = draft.stamped(self.stamp(&draft.key, standing)?);
         while let Committed::Superseded { standing } = parts.commits.commit(write.clone(), draft.deadline).await? {
             write.entry.version = self.stamp(&draft.key, Some(standing))?;
         }
         parts.queue.overtake(&write.key, write.entry.version);
         let copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
-        self.publish(&write, &copy).await;
+        let hold = entered.map_or(Hold::Nothing, |entered| Hold::Token(entered.token));
+        if self.publish(&write, &copy, hold).await.is_some() {
+            let (key, version) = (&write.key, write.entry.version);
+            parts.sharing.published(key, version, parts.clock.now());
+        }
         parts.flights.detach(&write.key);
         token.land_write(copy);
         Ok(Written {
@@ -104,8 +118,8 @@ impl Gateway {
             .await
     }
 
-    /// Stamp, append, publish, and stamp and append anew while another replica's newer write stands in Redis: then it is pending, and so
-    /// accepted. No reader can see it before it is as durable as it is to be.
+    /// Stamp, append, publish, and stamp and append anew while another replica's newer write stands in Redis, or when it came there too late
+    /// to be sure that none had: then it is pending, and so accepted. No reader can see it before it is as durable as it is to be.
     async fn accept(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
         let (parts, lane) = (self.parts(), &self.inner.lane);
         let token = parts.memory.leave_token(&draft.key);
@@ -117,13 +131,29 @@ impl Gateway {
         let journaled = held.is_journaled();
         let given_up = |error: Error| if journaled { error.unknown() } else { error };
         let mut copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
-        while let Some(standing) = self.publish(&write, &copy).await {
-            // A newer write of this replica was concurrent with this one, which is thus written and superseded.
-            if standing <= write.entry.version || parts.clock.stamped_since(standing) {
-                break;
-            }
+        let mut late = false;
+        while let Some(published) = self.publish(&write, &copy, Hold::Fresh).await {
+            let standing = match published {
+                Published::Nothing => break,
+                // A newer write of this replica was concurrent with this one, which is thus written and superseded.
+                Published::Stands(standing)
+                    if standing <= write.entry.version || parts.clock.stamped_since(standing) =>
+                {
+                    break;
+                }
+                Published::Stands(standing) => Some(standing),
+                Published::Late if !late => {
+                    late = true;
+                    None
+                }
+                // Redis's clock is ahead, and every stamp is late: it is published as what was not.
+                Published::Late => {
+                    self.remember(&write.key, write.entry.version);
+                    break;
+                }
+            };
             let stamped = if Instant::now() < draft.deadline {
-                self.stamp(&draft.key, Some(standing))
+                self.stamp(&draft.key, standing)
             } else {
                 let message = "the deadline passed before the write was accepted";
                 Err(Error::new(ErrorKind::Timeout, message))
@@ -163,13 +193,6 @@ impl Gateway {
         let pending = parts.queue.pending(key).map(|pending| pending.entry.version);
         let known = standing.max(pending).max(parts.memory.version(key));
         parts.clock.stamp(known).map_err(not_stamped)
-    }
-
-    /// Offers a write to Redis. The version that stands there now; `None` where there is no Redis, or no answer.
-    pub(super) async fn publish(&self, write: &Write, copy: &Copy) -> Option<Version> {
-        let redis = self.inner.redis.as_ref()?;
-        let landing = redis.land(&write.key, &write.entry, copy.loaded_at, copy.lifetime());
-        landing.await.ok()
     }
 
     /// Runs an admitted write in a task of its own: a client that hangs up cancels its wait, not the write.

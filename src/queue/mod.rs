@@ -29,6 +29,7 @@ pub use self::{
 };
 
 use std::{
+    collections::BTreeMap,
     hash::BuildHasher,
     sync::{
         Arc,
@@ -103,7 +104,7 @@ pub enum DropReason {
 }
 
 /// How full the queue is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QueueStats {
     /// Pending writes.
     pub entries: usize,
@@ -392,6 +393,19 @@ impl Queue {
         self.shared.shard(key).pending.lock().get(key)
     }
 
+    /// Keys of writes that have been pending for `long`, at most `limit`; those of an earlier process excepted, which are not published.
+    pub fn pending_for(&self, long: Duration, limit: usize) -> Vec<Key> {
+        let long = i64::try_from(long.as_millis()).unwrap_or(i64::MAX);
+        let then = Timestamp(self.shared.clock.now().0.saturating_sub(long));
+        let mut keys = Vec::new();
+        for shard in &self.shared.shards {
+            let pending = shard.pending.lock();
+            let room = limit - keys.len();
+            keys.extend(pending.accepted_before(then).take(room).cloned());
+        }
+        keys
+    }
+
     fn is_journaled(&self, key: &Key) -> bool {
         let pending = self.shared.shard(key).pending.lock();
         pending.payload(key).is_some_and(Held::is_journaled)
@@ -413,11 +427,7 @@ impl Queue {
 
     /// How full the queue is.
     pub fn stats(&self) -> QueueStats {
-        let mut stats = QueueStats {
-            entries: 0,
-            bytes: 0,
-            oldest_age: Duration::ZERO,
-        };
+        let mut stats = QueueStats::default();
         let mut oldest: Option<Timestamp> = None;
         for shard in &self.shared.shards {
             let pending = shard.pending.lock();
@@ -427,6 +437,22 @@ impl Queue {
         }
         if let Some(oldest) = oldest {
             stats.oldest_age = self.shared.clock.now().since(oldest);
+        }
+        stats
+    }
+
+    /// How full it is of each namespace. Holds each shard's lock for as long as it takes to look at its namespaces, not at its writes.
+    pub fn stats_by_namespace(&self) -> BTreeMap<String, QueueStats> {
+        let now = self.shared.clock.now();
+        let mut stats = BTreeMap::<String, QueueStats>::new();
+        for shard in &self.shared.shards {
+            for (namespace, share) in shard.pending.lock().shares() {
+                let age = share.oldest().map_or(Duration::ZERO, |oldest| now.since(oldest));
+                let sum = stats.entry(namespace.to_owned()).or_default();
+                sum.entries += share.entries();
+                sum.bytes += share.bytes;
+                sum.oldest_age = sum.oldest_age.max(age);
+            }
         }
         stats
     }

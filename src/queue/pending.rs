@@ -6,14 +6,19 @@
 //! and the slot only moves forward; at most one version of a key is in flight; a slot's place in the order is the one of its
 //! oldest write that has not left, so a hot key is neither starved nor younger than it looks.
 
+mod shares;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
+    collections::{BTreeMap, HashMap, hash_map},
     mem,
     time::Duration,
 };
 
 use foldhash::fast::RandomState;
 
+pub(super) use self::shares::Share;
+
+use self::shares::Shares;
 use crate::model::{Entry, Key, Timestamp, Version, Write};
 
 /// What a write holds for as long as it is pending.
@@ -95,8 +100,8 @@ pub(super) struct Pending<P> {
     slots: HashMap<Key, Slot<P>, RandomState>,
     /// The keys of every waiting slot, by due time and number.
     order: BTreeMap<(Timestamp, u64), Key>,
-    /// Admission time and number of every slot's place, in flight or not: what the age of the oldest is read from.
-    admissions: BTreeSet<(Timestamp, u64)>,
+    /// What each namespace has here, in flight or not: what the age of the oldest is read from.
+    shares: Shares,
     /// The weight of every slot's write.
     bytes: usize,
     /// Places given out so far.
@@ -119,7 +124,7 @@ impl<P: Payload> Pending<P> {
         Pending {
             slots: HashMap::default(),
             order: BTreeMap::new(),
-            admissions: BTreeSet::new(),
+            shares: Shares::default(),
             bytes: 0,
             places: 0,
             passing: HashMap::default(),
@@ -177,7 +182,7 @@ impl<P: Payload> Pending<P> {
         match self.slots.entry(key) {
             hash_map::Entry::Vacant(vacant) => {
                 let place = place(&mut self.places, now, write_delay);
-                self.admissions.insert((place.admitted, place.number));
+                self.shares.add(vacant.key(), weight, &place);
                 self.order.insert((place.due, place.number), vacant.key().clone());
                 self.bytes += weight;
                 vacant.insert(Slot {
@@ -190,12 +195,14 @@ impl<P: Payload> Pending<P> {
                 Offered::Added
             }
             hash_map::Entry::Occupied(mut occupied) => {
+                let key = occupied.key().clone();
                 let slot = occupied.get_mut();
                 if entry.version <= slot.entry.version {
                     slot.payload.inherit(&mut payload);
                     return Offered::Refused(payload);
                 }
                 self.bytes = self.bytes - slot.weight + weight;
+                self.shares.reweigh(&key, slot.weight, weight);
                 slot.entry = entry;
                 slot.weight = weight;
                 slot.unconfirmed = unconfirmed;
@@ -273,8 +280,7 @@ impl<P: Payload> Pending<P> {
             && tried == version
         {
             let next = next.unwrap_or(place);
-            self.admissions.remove(&(place.admitted, place.number));
-            self.admissions.insert((next.admitted, next.number));
+            self.shares.replace(key, &place, &next);
             self.order.insert((next.due, next.number), key.clone());
             slot.course = Course::Waiting(next);
         }
@@ -316,6 +322,15 @@ impl<P: Payload> Pending<P> {
         })
     }
 
+    /// The keys of writes that this process accepted before `then`, the recovered ones excepted.
+    pub(super) fn accepted_before(&self, then: Timestamp) -> impl Iterator<Item = &Key> {
+        let accepted = |slot: &Slot<P>| match slot.course {
+            Course::Waiting(place) | Course::InFlight { place, .. } => place.admitted,
+        };
+        let old = self.slots.iter().filter(move |(_, slot)| !slot.unconfirmed && accepted(slot) <= then);
+        old.map(|(key, _)| key)
+    }
+
     /// The version of each pending write, and what it holds.
     pub(super) fn payloads(&self) -> impl Iterator<Item = (Version, &P)> {
         self.slots.values().map(|slot| (slot.entry.version, &slot.payload))
@@ -335,7 +350,12 @@ impl<P: Payload> Pending<P> {
 
     /// When the oldest write that is here, in flight or not, was accepted.
     pub(super) fn oldest(&self) -> Option<Timestamp> {
-        self.admissions.first().map(|(admitted, _)| *admitted)
+        self.shares.oldest()
+    }
+
+    /// What each namespace has here.
+    pub(super) fn shares(&self) -> impl Iterator<Item = (&str, &Share)> {
+        self.shares.iter()
     }
 
     /// When the next write that is not in flight is due.
@@ -363,7 +383,7 @@ impl<P: Payload> Pending<P> {
             }
             Course::InFlight { place, .. } => place,
         };
-        self.admissions.remove(&(place.admitted, place.number));
+        self.shares.remove(key, slot.weight, &place);
         Some(slot.payload)
     }
 }
@@ -386,8 +406,13 @@ mod tests {
 
     use super::*;
 
+    /// Of equal length, so that a write weighs the same in either.
+    fn namespace(number: u8) -> &'static str {
+        if number.is_multiple_of(2) { "even" } else { "odds" }
+    }
+
     fn key(number: u8) -> Key {
-        Key::new("test", &format!("k{number}")).expect("valid")
+        Key::new(namespace(number), &format!("k{number}")).expect("valid")
     }
 
     fn write(number: u8, version: i64) -> Write {
@@ -710,6 +735,16 @@ mod tests {
                 let waiting = model.0.iter().filter(|slot| slot.flight.is_none());
                 prop_assert_eq!(pending.next_due().map(|at| at.0), waiting.map(|slot| slot.due().0).min());
                 prop_assert_eq!(pending.oldest().map(|at| at.0), model.0.iter().map(|slot| slot.place().0).min());
+                let told = |(name, share): (&str, &Share)| (name.to_owned(), share.entries(), share.bytes, share.oldest().map(|at| at.0));
+                let mut told: Vec<_> = pending.shares().map(told).collect();
+                told.sort();
+                let counted = ["even", "odds"].into_iter().filter_map(|name| {
+                    let slots: Vec<_> = model.0.iter().filter(|slot| namespace(slot.key) == name).collect();
+                    let bytes = slots.iter().map(|slot| write(slot.key, slot.newest).weight()).sum::<usize>();
+                    let oldest = slots.iter().map(|slot| slot.place().0).min();
+                    (!slots.is_empty()).then(|| (name.to_owned(), slots.len(), bytes, oldest))
+                });
+                prop_assert_eq!(told, counted.collect::<Vec<_>>());
             }
         }
     }

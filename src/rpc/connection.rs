@@ -1,19 +1,19 @@
 //! One client connection: HTTP/2 with bounds on everything a peer can make us hold.
 //!
-//! Owns the connection's protocol settings and its end. Does not own accepting (`rpc/serve.rs`) or calls (`rpc/router.rs`).
+//! Owns the connection's protocol settings and its end. Does not own accepting (`rpc/serve.rs`, `rpc/admin`) or calls (`rpc/router.rs`).
 //! Invariant: a connection that says nothing, or stops answering pings, is closed within a bound.
 
-use std::{pin::pin, time::Duration};
+use std::{convert::Infallible, pin::pin, time::Duration};
 
-use hyper::{rt::Executor, server::conn::http2};
+use http::{Request, Response};
+use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::Service};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-
-use crate::rpc::router::Router;
+use tonic::body::Body;
 
 /// What an HTTP/2 client says first.
 const PREFACE_BYTES: usize = 24;
@@ -30,11 +30,11 @@ const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_WAIT: Duration = Duration::from_secs(10);
 
-/// Runs a connection's tasks where the connection runs: on its serving thread.
+/// Runs a connection's tasks where the connection runs: on its own runtime.
 #[derive(Clone, Copy)]
-struct ServingThread;
+pub(crate) struct SameRuntime;
 
-impl<F> Executor<F> for ServingThread
+impl<F> Executor<F> for SameRuntime
 where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
@@ -45,12 +45,16 @@ where
 }
 
 /// Serves a connection until it ends, or, once `stop` is cancelled, until its calls have been answered.
-pub(crate) async fn serve(stream: TcpStream, router: Router, streams_max: u32, stop: CancellationToken) {
+pub(crate) async fn serve<R>(stream: TcpStream, router: R, streams_max: u32, stop: CancellationToken)
+where
+    R: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>,
+    R::Future: Send + 'static,
+{
     tokio::select! {
         opened = opened(&stream) => if !opened { return },
         () = stop.cancelled() => return,
     }
-    let connection = http2::Builder::new(ServingThread)
+    let connection = http2::Builder::new(SameRuntime)
         .timer(TokioTimer::new())
         .max_concurrent_streams(streams_max)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -113,7 +113,7 @@ fn durability(durability: Durability) -> proto::Durability {
     }
 }
 
-fn timestamp(time: Timestamp) -> ProtoTimestamp {
+pub(crate) fn timestamp(time: Timestamp) -> ProtoTimestamp {
     ProtoTimestamp {
         seconds: time.0.div_euclid(1000),
         // Below a thousand million.

@@ -2,12 +2,15 @@
 //!
 //! Owns threads, connections, validation of input and the statuses of failures. Decides nothing about records: that is
 //! [`crate::gateway`]. In the order of a call: [`serve`] (threads, acceptor), `connection` (HTTP/2 and its bounds), `router` (path to service,
-//! counting), `arrival` (a body's deadline), [`codec`], `service` (the methods), `convert` (validation), [`status`] (failures).
+//! counting), `arrival` (a body's deadline), [`codec`], `service` (the methods), `convert` (validation), [`status`] (failures). The operators' service,
+//! on an address of its own, is [`admin`].
 
+pub mod admin;
 mod arrival;
 pub mod codec;
 mod connection;
 mod convert;
+mod reflection;
 mod router;
 pub mod serve;
 mod service;
@@ -18,6 +21,6 @@ pub mod status;
 pub mod proto {
     tonic::include_proto!("tidegate.v1");
 
-    /// The descriptors of the contract, for server reflection.
+    /// The descriptors of the contract, both services of it, for server reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tidegate_descriptor.bin"));
 }

@@ -22,6 +22,7 @@ use crate::{
     rpc::{
         arrival::Arrival,
         proto::gateway_server::GatewayServer,
+        reflection::Reflection,
         service::{CallLimits, GatewayService},
         status::to_status,
     },
@@ -55,13 +56,6 @@ where
     })
 }
 
-/// Server reflection, in the two versions that tools speak.
-#[derive(Clone)]
-pub(crate) struct Reflection {
-    pub(crate) v1: ErasedService,
-    pub(crate) v1alpha: ErasedService,
-}
-
 /// The services of one serving thread.
 #[derive(Clone)]
 pub(crate) struct Router {
@@ -93,11 +87,13 @@ impl Router {
                 (method, answer(self.gateway.clone().call(self.bounded(request))))
             }
             "grpc.health.v1.Health" => (Method::Other, answer(self.health.clone().call(self.bounded(request)))),
-            "grpc.reflection.v1.ServerReflection" => (Method::Other, self.reflect(|services| &services.v1, request)),
-            "grpc.reflection.v1alpha.ServerReflection" => {
-                (Method::Other, self.reflect(|services| &services.v1alpha, request))
+            _ => {
+                let reflection = self.reflection.as_ref().and_then(|services| services.named(service));
+                (
+                    Method::Other,
+                    reflection.map_or_else(unimplemented, |service| service(request)),
+                )
             }
-            _ => (Method::Other, unimplemented()),
         }
     }
 
@@ -106,13 +102,6 @@ impl Router {
         let deadline = self.limits.deadline(request.headers());
         request.extensions_mut().insert(deadline);
         request.map(|body| Arrival::new(body, deadline.0))
-    }
-
-    fn reflect(&self, version: impl Fn(&Reflection) -> &ErasedService, request: Request<Incoming>) -> Call {
-        match &self.reflection {
-            Some(services) => version(services)(request),
-            None => unimplemented(),
-        }
     }
 }
 
@@ -171,7 +160,7 @@ impl Drop for CountedCall {
     }
 }
 
-fn answer<F>(call: F) -> Call
+pub(crate) fn answer<F>(call: F) -> Call
 where
     F: Future<Output = Result<Response<Body>, std::convert::Infallible>> + Send + 'static,
 {
@@ -183,13 +172,13 @@ where
     })
 }
 
-fn unimplemented() -> Call {
+pub(crate) fn unimplemented() -> Call {
     let status = Status::unimplemented("no such service or method: server reflection lists what there is");
     Box::pin(std::future::ready(status.into_http()))
 }
 
 /// What is no gRPC at all is answered in HTTP's terms, as gRPC's HTTP/2 mapping demands.
-fn not_grpc(request: &Request<Incoming>) -> Option<Response<Body>> {
+pub(crate) fn not_grpc(request: &Request<Incoming>) -> Option<Response<Body>> {
     let content_type = request
         .headers()
         .get(CONTENT_TYPE)
@@ -208,7 +197,7 @@ fn not_grpc(request: &Request<Incoming>) -> Option<Response<Body>> {
 
 /// tonic answers what it cannot read itself, with codes that blame the server (INTERNAL) or mean something else (OUT_OF_RANGE).
 /// Such answers have no details; ours always do.
-fn own_status(response: Response<Body>, message_bytes_max: usize) -> Response<Body> {
+pub(crate) fn own_status(response: Response<Body>, message_bytes_max: usize) -> Response<Body> {
     let headers = response.headers();
     if headers.contains_key(Status::GRPC_STATUS_DETAILS) {
         return response;

@@ -30,14 +30,14 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::{pb::health_server::HealthServer, server::HealthReporter, server::HealthService};
-use tonic_reflection::server::Builder as ReflectionBuilder;
 
 use crate::{
     gateway::{Gateway, GatewayParts},
     rpc::{
         connection,
-        proto::{DESCRIPTORS, gateway_server::GatewayServer},
-        router::{Reflection, Router, erase},
+        proto::gateway_server::GatewayServer,
+        reflection::Reflection,
+        router::Router,
         service::{CallLimits, GatewayService},
     },
     settings::{DAY, Unfit, count, within},
@@ -49,19 +49,19 @@ use crate::{
 const MESSAGE_OVERHEAD_BYTES: usize = 64 * 1024;
 
 /// A health check names a service.
-const HEALTH_MESSAGE_BYTES_MAX: usize = 4 * 1024;
+pub(crate) const HEALTH_MESSAGE_BYTES_MAX: usize = 4 * 1024;
 
 /// Connections on their way from the acceptor to one thread.
 const HANDOVER_CONNECTIONS_MAX: usize = 128;
 
 /// How long accepting rests after an error that is the machine's, such as too many open files.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
+pub(crate) const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 /// Between two looks at whether the calls under way have ended.
 const RUNNING_POLL: Duration = Duration::from_millis(5);
 
 /// How long connections may take to flush their last answers and close.
-const FLUSH_WAIT: Duration = Duration::from_secs(1);
+pub(crate) const FLUSH_WAIT: Duration = Duration::from_secs(1);
 
 /// The `[rpc]` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -153,7 +153,10 @@ impl Server {
         health: &HealthReporter,
     ) -> io::Result<(Server, JoinHandle<()>)> {
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
-        let reflection = if config.reflection { Some(reflection()?) } else { None };
+        let reflection = config
+            .reflection
+            .then(|| Reflection::of("tidegate.v1.Gateway"))
+            .transpose()?;
         let mut server = Server {
             address: listener.local_addr()?,
             stop: stop.clone(),
@@ -224,20 +227,6 @@ impl Server {
 
 fn cores() -> usize {
     thread::available_parallelism().map_or(1, NonZeroUsize::get)
-}
-
-fn reflection() -> io::Result<Reflection> {
-    let builder = || {
-        ReflectionBuilder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // Not a service: the details of our errors, so that tools can show them.
-            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-    };
-    Ok(Reflection {
-        v1: erase(builder().build_v1().map_err(io::Error::other)?),
-        v1alpha: erase(builder().build_v1alpha().map_err(io::Error::other)?),
-    })
 }
 
 /// Accepts until `stop`: each connection goes to the thread with the fewest. A few long-lived connections are the rule in gRPC, and a

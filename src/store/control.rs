@@ -32,15 +32,26 @@ const CLOCK_SAMPLE_MAX: Duration = Duration::from_secs(2);
 pub struct Control {
     /// The epoch of the shared cache.
     pub epoch: Epoch,
+    /// When the epoch was moved last, by the store's clock; `None` while it never was. For some seconds after that not every gateway knows.
+    pub moved_at: Option<Timestamp>,
     /// The `run_id` of the Redis for which the epoch holds; `None` until a gateway has seen one.
     pub cache_server: Option<String>,
     /// The namespaces that have been invalidated since the epoch began, and their own epochs. About
     /// [`NAMESPACE_EPOCHS_MAX`](crate::store::NAMESPACE_EPOCHS_MAX) at most.
-    pub namespaces: HashMap<String, Epoch>,
+    pub namespaces: HashMap<String, NamespaceMoved>,
     /// At or above the versions of all rows that were ever collected; `None` while none was.
     pub gc_horizon: Option<Version>,
     /// The store's clock.
     pub now: Timestamp,
+}
+
+/// The epoch of one namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NamespaceMoved {
+    /// Its own epoch.
+    pub epoch: Epoch,
+    /// When it was moved, by the store's clock.
+    pub moved_at: Timestamp,
 }
 
 /// What a gateway knows of the control row.

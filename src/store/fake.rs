@@ -25,7 +25,7 @@ use crate::{
     clock::Clock,
     model::{Entry, Epoch, Key, Timestamp, Version, Write},
     store::{
-        Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE, NodeGrant,
+        Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE, NamespaceMoved, NodeGrant,
         Store, StoreError, StoreErrorKind,
     },
 };
@@ -174,7 +174,8 @@ struct State {
     horizon: Option<Version>,
     epoch: Epoch,
     cache_server: Option<String>,
-    namespace_epochs: HashMap<String, Epoch>,
+    moved_at: Option<Timestamp>,
+    namespace_epochs: HashMap<String, NamespaceMoved>,
     /// What the store's clock shows beyond tokio's, in milliseconds.
     clock_ahead: i64,
     /// Every version that ever stood, per key, in order.
@@ -209,6 +210,7 @@ impl Default for FakeBackend {
             horizon: None,
             epoch: Epoch(1),
             cache_server: None,
+            moved_at: None,
             namespace_epochs: HashMap::new(),
             clock_ahead: 0,
             history: HashMap::new(),
@@ -441,17 +443,25 @@ impl State {
     }
 
     fn set_epoch(&mut self, epoch: Epoch) {
+        if self.epoch != epoch {
+            self.moved_at = Some(self.now());
+        }
         self.epoch = epoch;
         self.namespace_epochs.clear();
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp(self.clock.now().0 + self.clock_ahead)
     }
 
     fn control(&self) -> Control {
         Control {
             epoch: self.epoch,
             cache_server: self.cache_server.clone(),
+            moved_at: self.moved_at,
             namespaces: self.namespace_epochs.clone(),
             gc_horizon: self.horizon,
-            now: Timestamp(self.clock.now().0 + self.clock_ahead),
+            now: self.now(),
         }
     }
 
@@ -467,7 +477,11 @@ impl State {
     fn move_namespace_epoch(&mut self, namespace: String, to: Epoch) {
         let has_room = self.namespace_epochs.len() < NAMESPACE_EPOCHS_MAX as usize;
         if has_room || self.namespace_epochs.contains_key(&namespace) {
-            self.namespace_epochs.insert(namespace, to);
+            let moved = NamespaceMoved {
+                epoch: to,
+                moved_at: self.now(),
+            };
+            self.namespace_epochs.insert(namespace, moved);
         } else {
             self.set_epoch(to);
         }

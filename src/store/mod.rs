@@ -25,7 +25,7 @@ mod verdict;
 pub mod watch;
 
 pub use config::Config;
-pub use control::Control;
+pub use control::{Control, NamespaceMoved};
 pub use session::{Session, Store};
 
 use std::{error, fmt, time::Duration};

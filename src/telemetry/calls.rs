@@ -6,6 +6,7 @@
 
 use std::{
     array,
+    collections::BTreeMap,
     fmt::Error,
     sync::{
         Arc,
@@ -23,7 +24,10 @@ use prometheus_client::{
 };
 use tonic::Code;
 
-use crate::model::Source;
+use crate::{
+    model::Source,
+    telemetry::namespaces::{Counted, NamespaceCounters},
+};
 
 /// The methods that are counted apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +106,8 @@ pub struct ThreadCounters {
     methods: [MethodCounters; Method::ALL.len()],
     answered: [AtomicU64; SOURCES.len()],
     running: AtomicU64,
+    /// What it counts of each namespace.
+    pub namespaces: NamespaceCounters,
 }
 
 impl ThreadCounters {
@@ -156,6 +162,16 @@ impl CallMetrics {
         let counters = Arc::new(ThreadCounters::default());
         self.threads.lock().push(Arc::clone(&counters));
         counters
+    }
+
+    /// What all threads together have counted of each namespace.
+    pub fn namespaces(&self) -> BTreeMap<String, Counted> {
+        let mut sum = BTreeMap::<String, Counted>::new();
+        let threads = self.threads.lock().clone();
+        for thread in threads {
+            thread.namespaces.add_to(&mut sum);
+        }
+        sum
     }
 
     fn sum(&self, of: impl Fn(&ThreadCounters) -> &AtomicU64) -> u64 {

@@ -1,11 +1,12 @@
 //! What the gateway tells about itself: every metric, by name, and the log set-up.
 //!
 //! Owns the metrics' names, help and labels, and their encoding for Prometheus. Does not decide anything. Invariants: no value, no key
-//! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`], the
-//! journal's in [`journal`].
+//! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`] and, by
+//! namespace, in [`namespaces`], the journal's in [`journal`].
 
 pub mod calls;
 pub mod journal;
+pub mod namespaces;
 
 use std::{
     fmt::Write as _,
@@ -279,8 +280,22 @@ pub struct CacheMetrics {
     pub loads_joined: Counter,
     /// Calls to Redis that failed, and so were misses.
     pub redis_errors: Counter,
+    /// Writes of which Redis could not be told, so that something older may stand there until it is repaired.
+    pub redis_unpublished: Counter,
+    /// Epochs of the shared copies that this replica has begun.
+    pub epochs_moved: Counter,
     /// Whether Redis is held to be down, per connection: 1 while it is.
     pub redis_down: Gauge,
+    /// Whether this process is subscribed to what other gateways write: 1 while it is.
+    pub channel_up: Gauge,
+    /// Subscriptions that were lost.
+    pub channel_losses: Counter,
+    /// Messages of gateways, this one's own included.
+    pub messages_heard: Counter,
+    /// Messages of other gateways that were heeded.
+    pub messages_heeded: Counter,
+    /// Messages that no gateway of this format sends.
+    pub messages_foreign: Counter,
 }
 
 impl CacheMetrics {
@@ -308,10 +323,49 @@ impl CacheMetrics {
             metrics.redis_errors.clone(),
         );
         registry.register(
+            "redis_unpublished",
+            "Writes of which Redis could not be told, and which are remembered until it was",
+            metrics.redis_unpublished.clone(),
+        );
+        registry.register(
+            "cache_epochs_moved",
+            "Epochs of the shared copies that this replica has begun, because what is in Redis could not be trusted",
+            metrics.epochs_moved.clone(),
+        );
+        registry.register(
             "redis_connections_down",
             "Connections to Redis that are held to be down",
             metrics.redis_down.clone(),
         );
+        metrics.register_channel(registry);
         metrics
+    }
+
+    fn register_channel(&self, registry: &mut Registry) {
+        registry.register(
+            "invalidation_channel_up",
+            "Whether this gateway is subscribed to what others write: 1 while it is",
+            self.channel_up.clone(),
+        );
+        registry.register(
+            "invalidation_channel_losses",
+            "Subscriptions to what others write that were lost",
+            self.channel_losses.clone(),
+        );
+        registry.register(
+            "invalidation_messages_heard",
+            "Messages of gateways, this one's own included",
+            self.messages_heard.clone(),
+        );
+        registry.register(
+            "invalidation_messages_heeded",
+            "Messages of other gateways that were heeded",
+            self.messages_heeded.clone(),
+        );
+        registry.register(
+            "invalidation_messages_foreign",
+            "Messages that no gateway of this version sends, each of which costs the subscription",
+            self.messages_foreign.clone(),
+        );
     }
 }

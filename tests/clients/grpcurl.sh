@@ -1,9 +1,9 @@
 #!/bin/sh
 # Proves that grpcurl, knowing nothing but the address, finds the contract by reflection and can use all of it.
 #
-# tests/clients/grpcurl.sh GRPCURL ADDRESS
+# tests/clients/grpcurl.sh GRPCURL ADDRESS ADMIN-ADDRESS
 set -eu
-grpcurl=$1 address=$2
+grpcurl=$1 address=$2 admin=$3
 
 fail() {
     echo "FAILED: $*" >&2
@@ -69,4 +69,15 @@ refuse InvalidArgument google.rpc.BadRequest $gateway/Put '{"namespace":"?","ttl
 refuse InvalidArgument '"field": "ttl"' $gateway/Put '{"namespace":"?","ttl":"-1s"}'
 refuse InvalidArgument '"field": "namespace"' $gateway/Get '{"namespace":"?","key":"k"}'
 refuse InvalidArgument '"outcome": "not_applied"' $gateway/Delete '{"namespace":"n","key":""}'
+
+# The operators' port describes itself, too, and each port its own service alone.
+case $services in *tidegate.v1.Admin*) fail "the operators' service is listed at $address" ;; esac
+address=$admin
+services=$("$grpcurl" -plaintext "$address" list)
+expect tidegate.v1.Admin "$services"
+case $services in *$gateway*) fail "the gateway's service is listed at $address" ;; esac
+expect '"status":"SERVING"' "$(call grpc.health.v1.Health/Check '{}')"
+expect '"namespace":"grpcurl"' "$(call tidegate.v1.Admin/Stats '{}')"
+refuse InvalidArgument '"field": "namespace"' tidegate.v1.Admin/Stats '{"namespace":"?"}'
+refuse Unimplemented 'no such service' $gateway/Get '{"namespace":"grpcurl","key":"k"}'
 echo "grpcurl: all is well"

@@ -24,24 +24,24 @@ fn version(ahead: Duration, node: i64) -> i64 {
 /// What a replica leaves in Redis.
 fn copy(version: i64, fresh_for: Duration, value: &[u8]) -> Vec<u8> {
     let mut bytes = version.to_be_bytes().to_vec();
-    bytes.extend([0xD1, 0]);
+    bytes.extend([0xD2, 0]);
     bytes.extend(now().to_be_bytes());
     bytes.extend((now() + fresh_for.as_millis() as i64).to_be_bytes());
-    bytes.extend([0; 16]);
+    bytes.extend([0; 24]);
     bytes.extend(value);
     bytes
 }
 
-async fn plant(server: &redis_server::Server, key: &str, copy: Vec<u8>) {
+async fn plant(database: &Database, server: &redis_server::Server, key: &str, copy: Vec<u8>) {
     let mut set = cmd("SET");
-    set.arg(format!("tidegate:orders:{key}")).arg(copy);
+    set.arg(database.place(key).await).arg(copy);
     set.exec_async(&mut server.connect().await).await.unwrap();
 }
 
 /// A gateway that has seen a version a little ahead of its clock, stamped by another node.
 async fn led_ahead(database: &Database, server: &redis_server::Server) -> Gateway {
     let gateway = Setup::new().store(database.url()).redis(&server.url()).start().await;
-    plant(server, "scout", copy(version(LITTLE, 9), SOON, b"x")).await;
+    plant(database, server, "scout", copy(version(LITTLE, 9), SOON, b"x")).await;
     answered_by_redis(&gateway.client, "scout").await;
     gateway
 }
@@ -112,7 +112,7 @@ async fn an_own_stamp_far_ahead_is_not_taken_for_concurrent() {
     let setup = Setup::new().store(database.url()).redis(&server.url());
     let gateway = setup.config("[memory]\nbytes_max = 0").start().await;
     let theirs = copy(version(Duration::from_secs(3600), 9), SOON, b"theirs");
-    plant(&server, "key", theirs).await;
+    plant(&database, &server, "key", theirs).await;
     answered_by_redis(&gateway.client, "key").await;
     for value in [&b"one"[..], b"two"] {
         gateway.client.put("key", value, Mode::Behind).await.unwrap();
@@ -225,7 +225,7 @@ async fn a_copy_from_redis_answers_no_longer_than_the_lifetime() {
     database.write_past("orders", "key", b"old").await;
     // As a replica whose clock is a day ahead fills it.
     let day = Duration::from_secs(86_400);
-    plant(&server, "key", copy(1, day, b"old")).await;
+    plant(&database, &server, "key", copy(1, day, b"old")).await;
     answered_by_redis(&gateway.client, "key").await;
     gateway.client.read("key").await;
     database.write_past("orders", "key", b"new").await;

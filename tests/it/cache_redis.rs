@@ -2,8 +2,9 @@
 //! costs next to no waiting.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     iter,
+    ops::Deref,
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicUsize, Ordering},
@@ -22,54 +23,140 @@ use redis::cmd;
 use tidegate::{
     cache::{
         Copy,
+        epochs::{Adopted, Epochs},
         memory::{self, Memory},
-        redis::{Config, RedisCache, RedisFailure, Server},
+        message::Origin,
+        redis::{Config, Hold, Published, RedisCache, RedisFailure, Server},
     },
-    model::{Entry, Key, Timestamp, Version},
+    model::{Entry, Epoch, Key, Timestamp, Version, Write},
     telemetry::CacheMetrics,
 };
 use tokio::{net::TcpListener, task::JoinSet};
 
 use crate::harness::{redis as redis_server, until};
 
-const NOW: Timestamp = Timestamp(1_800_000_000_000);
+pub const NOW: Timestamp = Timestamp(1_800_000_000_000);
 const MINUTE: Duration = Duration::from_secs(60);
-const LONG: Duration = Duration::from_secs(300);
+pub const LONG: Duration = Duration::from_secs(300);
 
-/// L2 on a server, once it is up.
-async fn cache_of(server: &redis_server::Server) -> RedisCache {
-    cache_counting(server, CacheMetrics::default()).await
+const EPOCH: Epoch = Epoch(7);
+
+/// L2 as one replica has it, by epochs that the test gives it.
+pub struct Replica {
+    cache: RedisCache,
+    epochs: Arc<Epochs>,
+    pub origin: Origin,
 }
 
-async fn cache_counting(server: &redis_server::Server, metrics: CacheMetrics) -> RedisCache {
-    let cache = cache_at(&server.url(), metrics);
-    up(&cache).await;
-    cache
+impl Replica {
+    /// On a server, once it is up.
+    pub async fn of(server: &redis_server::Server) -> Replica {
+        Replica::counting(server, CacheMetrics::default()).await
+    }
+
+    async fn counting(server: &redis_server::Server, metrics: CacheMetrics) -> Replica {
+        let replica = Replica::at(&server.url(), metrics);
+        replica.up().await;
+        replica
+    }
+
+    /// Whoever answers there. Its epoch holds for a server that nobody is.
+    fn at(url: &str, metrics: CacheMetrics) -> Replica {
+        Replica::start(url, "tidegate:", metrics)
+    }
+
+    fn start(url: &str, prefix: &str, metrics: CacheMetrics) -> Replica {
+        let config = Config {
+            prefix: prefix.to_owned(),
+            // Longer than the default: a busy machine must not look like a frozen Redis.
+            timeout: Duration::from_secs(2),
+            connect_timeout: Duration::from_secs(1),
+            ..Config::default()
+        };
+        let (epochs, origin) = (Arc::new(Epochs::new(prefix)), Origin::random());
+        let server = Server::parse(url).expect("a valid URL");
+        let replica = Replica {
+            cache: RedisCache::start(&config, &server, Arc::clone(&epochs), origin, metrics),
+            epochs,
+            origin,
+        };
+        replica.adopt("nobody");
+        replica
+    }
+
+    /// Waits until the server answers, and goes by an epoch that holds for it.
+    async fn up(&self) {
+        until("Redis is held to be up", async || self.cache.is_up()).await;
+        let server = self.cache.server().expect("it is up");
+        self.adopt(&server);
+    }
+
+    fn adopt(&self, server: &str) {
+        self.epochs.adopt(Adopted {
+            epoch: EPOCH,
+            server: Some(server.to_owned()),
+            readable_from: NOW,
+            namespaces: HashMap::default(),
+        });
+    }
+
+    /// Writes as a gateway does, with a token left before.
+    async fn write(
+        &self,
+        key: &Key,
+        entry: &Entry,
+        at: Timestamp,
+        lifetime: Duration,
+    ) -> Result<Published, RedisFailure> {
+        let entered = self.enter(key).await?;
+        self.publish_entry(key, entry, at, lifetime, Hold::Token(entered.token))
+            .await
+    }
+
+    /// Publishes without a token: over what is older, and into no empty slot.
+    async fn overwrite(&self, key: &Key, entry: &Entry) -> Result<Published, RedisFailure> {
+        self.publish_entry(key, entry, NOW, LONG, Hold::Nothing).await
+    }
+
+    async fn publish_entry(
+        &self,
+        key: &Key,
+        entry: &Entry,
+        at: Timestamp,
+        lifetime: Duration,
+        hold: Hold,
+    ) -> Result<Published, RedisFailure> {
+        let write = Write {
+            key: key.clone(),
+            entry: entry.clone(),
+        };
+        let copy = Copy::new(Some(entry.clone()), at, lifetime);
+        self.publish(&write, &copy, hold, Duration::ZERO).await
+    }
 }
 
-fn cache_at(url: &str, metrics: CacheMetrics) -> RedisCache {
-    let config = Config {
-        // Longer than the default: a busy machine must not look like a frozen Redis.
-        timeout: Duration::from_secs(2),
-        connect_timeout: Duration::from_secs(1),
-        ..Config::default()
-    };
-    RedisCache::start(&config, &Server::parse(url).expect("a valid URL"), metrics)
+impl Deref for Replica {
+    type Target = RedisCache;
+
+    fn deref(&self) -> &RedisCache {
+        &self.cache
+    }
 }
 
-async fn up(cache: &RedisCache) {
-    until("Redis is held to be up", async || cache.is_up()).await;
-}
-
-fn key(name: impl ToString) -> Key {
+pub fn key(name: impl ToString) -> Key {
     Key::new("test", &name.to_string()).expect("valid")
 }
 
-fn version(number: i64) -> Version {
+/// Where the copy of a key lies in Redis.
+pub fn slot(name: impl ToString) -> String {
+    format!("tidegate:{:016x}:test:{}", EPOCH.0, name.to_string())
+}
+
+pub fn version(number: i64) -> Version {
     Version::new(number).expect("positive")
 }
 
-fn put(number: i64) -> Entry {
+pub fn put(number: i64) -> Entry {
     Entry {
         version: version(number),
         value: Some(Bytes::from(format!("value {number}"))),
@@ -77,19 +164,23 @@ fn put(number: i64) -> Entry {
     }
 }
 
-fn tombstone(number: i64) -> Entry {
+pub fn tombstone(number: i64) -> Entry {
     Entry {
         value: None,
         ..put(number)
     }
 }
 
-async fn standing(cache: &RedisCache, key: &Key) -> Option<Entry> {
+fn stands(number: i64) -> Result<Published, RedisFailure> {
+    Ok(Published::Stands(version(number)))
+}
+
+pub async fn standing(cache: &RedisCache, key: &Key) -> Option<Entry> {
     cache.get(key).await.expect("Redis answers").and_then(|copy| copy.entry)
 }
 
 /// Where the halves of 32 bits end, where doubles stop being exact, and the ends.
-fn edges() -> Vec<i64> {
+pub fn edges() -> Vec<i64> {
     let around = [
         1,
         1 << 31,
@@ -119,23 +210,16 @@ fn edges() -> Vec<i64> {
 #[tokio::test]
 async fn of_every_two_versions_at_the_edges_the_higher_stands() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     let edges = edges();
     for first in &edges {
         for second in &edges {
             let key = key(format!("{first} {second}"));
-            let highest = version(*first.max(second));
-            assert_eq!(cache.land(&key, &put(*first), NOW, LONG).await, Ok(version(*first)));
-            assert_eq!(
-                cache.land(&key, &put(*second), NOW, LONG).await,
-                Ok(highest),
-                "{first} {second}"
-            );
-            assert_eq!(
-                standing(&cache, &key).await,
-                Some(put(highest.get())),
-                "{first} {second}"
-            );
+            let highest = *first.max(second);
+            assert_eq!(cache.write(&key, &put(*first), NOW, LONG).await, stands(*first));
+            let answer = cache.overwrite(&key, &put(*second)).await;
+            assert_eq!(answer, stands(highest), "{first} {second}");
+            assert_eq!(standing(&cache, &key).await, Some(put(highest)), "{first} {second}");
         }
     }
 }
@@ -169,7 +253,7 @@ fn any_order_repetition_and_late_redelivery_leave_both_tiers_with_the_highest_ve
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let (server, cache) = runtime.block_on(async {
         let server = redis_server::start().await;
-        let cache = cache_of(&server).await;
+        let cache = Replica::of(&server).await;
         (server, cache)
     });
     let memory = Arc::new(Memory::new(&memory::Config::default()));
@@ -192,8 +276,8 @@ fn any_order_repetition_and_late_redelivery_leave_both_tiers_with_the_highest_ve
             let mut stands = None;
             for entry in first.iter().chain(&second).map(|index| &writes[*index]) {
                 stands = stands.max(Some(entry.version));
-                let answer = cache.land(&key, entry, NOW, LONG).await;
-                prop_assert_eq!(answer.map(Some), Ok(stands));
+                let answer = cache.write(&key, entry, NOW, LONG).await;
+                prop_assert_eq!(answer, Ok(stands.map_or(Published::Nothing, Published::Stands)));
                 let copy = Copy::new(Some(entry.clone()), NOW, LONG);
                 memory.leave_token(&key).land_write(copy);
             }
@@ -211,29 +295,30 @@ async fn replicas_that_land_at_the_same_time_leave_the_highest() {
     let server = redis_server::start().await;
     let mut replicas = JoinSet::new();
     for replica in 0..4 {
-        let cache = cache_of(&server).await;
+        let cache = Replica::of(&server).await;
         replicas.spawn(async move {
             for round in 0..500 {
                 // Each replica delivers every fourth version, the later ones first.
                 let number = 2_000 - round * 4 - replica;
-                let stands = cache
-                    .land(&key("k"), &put(number), NOW, LONG)
-                    .await
-                    .expect("Redis answers");
-                assert!(stands >= version(number));
+                let published = cache.write(&key("k"), &put(number), NOW, LONG).await;
+                assert!(
+                    matches!(published, Ok(Published::Stands(stands)) if stands >= version(number)),
+                    "{published:?}"
+                );
             }
         });
     }
     while let Some(replica) = replicas.join_next().await {
         replica.expect("no replica fails");
     }
-    assert_eq!(standing(&cache_of(&server).await, &key("k")).await, Some(put(2_000)));
+    let cache = Replica::of(&server).await;
+    assert_eq!(standing(&cache, &key("k")).await, Some(put(2_000)));
 }
 
 #[tokio::test]
 async fn a_copy_comes_back_with_its_times_and_the_same_version_sets_them_anew() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     let key = key("k");
     let entry = Entry {
         expires_at: Some(NOW.after(LONG * 2)),
@@ -241,43 +326,41 @@ async fn a_copy_comes_back_with_its_times_and_the_same_version_sets_them_anew() 
     };
     let mut connection = server.connect().await;
     let mut kept = async || -> i64 {
-        let kept = cmd("PTTL").arg("tidegate:test:k").query_async(&mut connection).await;
+        let kept = cmd("PTTL").arg(slot("k")).query_async(&mut connection).await;
         kept.expect("PTTL")
     };
-    cache.land(&key, &entry, NOW, LONG).await.expect("lands");
+    cache.write(&key, &entry, NOW, LONG).await.expect("lands");
     assert_eq!(
         cache.get(&key).await,
         Ok(Some(Copy::new(Some(entry.clone()), NOW, LONG)))
     );
     assert!((290_000..=300_000).contains(&kept().await));
     let later = NOW.after(MINUTE);
-    cache.land(&key, &entry, later, MINUTE).await.expect("lands");
+    cache.write(&key, &entry, later, MINUTE).await.expect("lands");
     assert_eq!(cache.get(&key).await, Ok(Some(Copy::new(Some(entry), later, MINUTE))));
     assert!((50_000..=60_000).contains(&kept().await));
     // A tombstone outlives its lifetime, and so refuses what is late; so does a record that will expire.
-    cache
-        .land(&key, &tombstone(2), NOW, Duration::from_secs(5))
-        .await
-        .expect("lands");
+    let moment = Duration::from_secs(5);
+    cache.write(&key, &tombstone(2), NOW, moment).await.expect("lands");
     assert!((50_000..=60_000).contains(&kept().await));
     let short = Entry {
         expires_at: Some(NOW.after(Duration::from_secs(30))),
         ..put(3)
     };
-    cache.land(&key, &short, NOW, LONG).await.expect("lands");
+    cache.write(&key, &short, NOW, LONG).await.expect("lands");
     assert!((80_000..=90_000).contains(&kept().await));
 }
 
 #[tokio::test]
 async fn large_empty_and_binary_values_come_back_as_they_went() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     for (number, value) in [(1, vec![]), (2, vec![0; 1 << 20]), (3, (0..=255).collect::<Vec<u8>>())] {
         let entry = Entry {
             value: Some(Bytes::from(value)),
             ..put(number)
         };
-        cache.land(&key("k é\r\n"), &entry, NOW, LONG).await.expect("lands");
+        cache.write(&key("k é\r\n"), &entry, NOW, LONG).await.expect("lands");
         assert_eq!(standing(&cache, &key("k é\r\n")).await, Some(entry));
     }
 }
@@ -285,10 +368,10 @@ async fn large_empty_and_binary_values_come_back_as_they_went() {
 #[tokio::test]
 async fn a_version_is_dropped_only_while_it_stands() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     let key = key("k");
     assert_eq!(cache.drop_version(&key, version(5)).await, Ok(false));
-    cache.land(&key, &put(5), NOW, LONG).await.expect("lands");
+    cache.write(&key, &put(5), NOW, LONG).await.expect("lands");
     for other in [4, 6, 5 + (1 << 32)] {
         assert_eq!(cache.drop_version(&key, version(other)).await, Ok(false));
         assert_eq!(standing(&cache, &key).await, Some(put(5)));
@@ -300,21 +383,16 @@ async fn a_version_is_dropped_only_while_it_stands() {
 #[tokio::test]
 async fn prefixes_and_namespaces_keep_keys_apart() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     let keys = [("a", "b:c"), ("a.b", "c"), ("b", "a:b:c")].map(|(n, k)| Key::new(n, k).expect("valid"));
     for (number, key) in iter::zip(1.., &keys) {
-        cache.land(key, &put(number), NOW, LONG).await.expect("lands");
+        cache.write(key, &put(number), NOW, LONG).await.expect("lands");
     }
     for (number, key) in iter::zip(1.., &keys) {
         assert_eq!(standing(&cache, key).await, Some(put(number)));
     }
-    let config = Config {
-        prefix: "other:".to_owned(),
-        ..Config::default()
-    };
-    let server = Server::parse(&server.url()).expect("a valid URL");
-    let other = RedisCache::start(&config, &server, CacheMetrics::default());
-    up(&other).await;
+    let other = Replica::start(&server.url(), "other:", CacheMetrics::default());
+    other.up().await;
     assert_eq!(standing(&other, &keys[0]).await, None);
 }
 
@@ -322,10 +400,10 @@ async fn prefixes_and_namespaces_keep_keys_apart() {
 async fn a_flushed_redis_is_empty_and_learns_the_script_again() {
     let server = redis_server::start().await;
     let metrics = CacheMetrics::default();
-    let cache = cache_counting(&server, metrics.clone()).await;
+    let cache = Replica::counting(&server, metrics.clone()).await;
     let mut connection = server.connect().await;
     for number in [9, 5, 7] {
-        cache.land(&key("k"), &put(number), NOW, LONG).await.expect("lands");
+        cache.write(&key("k"), &put(number), NOW, LONG).await.expect("lands");
         assert_eq!(standing(&cache, &key("k")).await, Some(put(number)));
         let flush = redis::pipe()
             .cmd("FLUSHALL")
@@ -344,10 +422,10 @@ async fn a_flushed_redis_is_empty_and_learns_the_script_again() {
 async fn an_error_about_one_key_is_a_miss_and_leaves_the_link_up() {
     let server = redis_server::start().await;
     let metrics = CacheMetrics::default();
-    let cache = cache_counting(&server, metrics.clone()).await;
+    let cache = Replica::counting(&server, metrics.clone()).await;
     let mut connection = server.connect().await;
     let push = cmd("LPUSH")
-        .arg("tidegate:test:list")
+        .arg(slot("list"))
         .arg("x")
         .exec_async(&mut connection)
         .await;
@@ -356,57 +434,45 @@ async fn an_error_about_one_key_is_a_miss_and_leaves_the_link_up() {
         code: "WRONGTYPE".to_owned(),
     };
     assert_eq!(cache.get(&key("list")).await, Err(wrong_type.clone()));
-    assert_eq!(
-        cache.land(&key("list"), &put(1), NOW, LONG).await,
-        Err(wrong_type.clone())
-    );
+    assert_eq!(cache.overwrite(&key("list"), &put(1)).await, Err(wrong_type.clone()));
     assert_eq!(cache.drop_version(&key("list"), version(1)).await, Err(wrong_type));
     assert_eq!(metrics.redis_errors.get(), 3);
     assert!(cache.is_up());
-    assert_eq!(cache.land(&key("k"), &put(1), NOW, LONG).await, Ok(version(1)));
+    assert_eq!(cache.write(&key("k"), &put(1), NOW, LONG).await, stands(1));
 }
 
 #[tokio::test]
 async fn a_foreign_value_is_a_miss_and_makes_room() {
     let server = redis_server::start().await;
     let metrics = CacheMetrics::default();
-    let cache = cache_counting(&server, metrics.clone()).await;
+    let cache = Replica::counting(&server, metrics.clone()).await;
     let mut connection = server.connect().await;
     let mut negative = vec![0xFF; 8];
     negative.push(0xD1);
     let foreign = [vec![], b"short".to_vec(), vec![b'z'; 100], vec![0xFF; 100], negative];
     for (count, value) in iter::zip(1.., foreign) {
-        let set = cmd("SET")
-            .arg("tidegate:test:k")
-            .arg(value)
-            .exec_async(&mut connection)
-            .await;
+        let set = cmd("SET").arg(slot("k")).arg(value).exec_async(&mut connection).await;
         set.expect("SET");
         assert_eq!(cache.get(&key("k")).await, Ok(None));
         assert_eq!(metrics.redis_errors.get(), count);
-        assert_eq!(cache.land(&key("k"), &put(1), NOW, LONG).await, Ok(version(1)));
+        assert_eq!(cache.write(&key("k"), &put(1), NOW, LONG).await, stands(1));
         assert_eq!(standing(&cache, &key("k")).await, Some(put(1)));
     }
-    // Of a newer format: a miss, but its version, which is where it always is, is respected.
-    let newer = [&9_i64.to_be_bytes()[..], &[0xD2], b"something else"].concat();
-    cmd("SET")
-        .arg("tidegate:test:k")
-        .arg(newer)
-        .exec_async(&mut connection)
-        .await
-        .expect("SET");
+    // Of another format: what it says of its version is not taken for granted.
+    let newer = [&9_i64.to_be_bytes()[..], &[0xD3], &[0; 50]].concat();
+    let set = cmd("SET").arg(slot("k")).arg(newer).exec_async(&mut connection).await;
+    set.expect("SET");
     assert_eq!(cache.get(&key("k")).await, Ok(None));
-    assert_eq!(cache.land(&key("k"), &put(8), NOW, LONG).await, Ok(version(9)));
-    assert_eq!(cache.land(&key("k"), &put(10), NOW, LONG).await, Ok(version(10)));
+    assert_eq!(cache.write(&key("k"), &put(8), NOW, LONG).await, stands(8));
 }
 
 #[tokio::test]
 async fn a_redis_without_memory_or_in_a_replicas_role_refuses_and_still_drops_or_reads() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     let mut connection = server.connect().await;
-    let refused = |code: &str| Err(RedisFailure::Refused { code: code.to_owned() });
-    cache.land(&key("k"), &put(1), NOW, LONG).await.expect("lands");
+    let refused = |code: &str| RedisFailure::Refused { code: code.to_owned() };
+    cache.write(&key("k"), &put(1), NOW, LONG).await.expect("lands");
     let mut config = async |memory: &str| {
         let set = cmd("CONFIG")
             .arg("SET")
@@ -417,12 +483,14 @@ async fn a_redis_without_memory_or_in_a_replicas_role_refuses_and_still_drops_or
         set.expect("CONFIG SET");
     };
     config("1").await;
-    assert_eq!(cache.land(&key("k"), &put(2), NOW, LONG).await, refused("OOM"));
+    assert_eq!(cache.enter(&key("k")).await, Err(refused("OOM")));
+    assert_eq!(cache.claim(&key("other")).await, Err(refused("OOM")));
+    assert_eq!(cache.overwrite(&key("k"), &put(2)).await, Ok(Published::Nothing));
     // What is older must not go on answering.
     assert_eq!(standing(&cache, &key("k")).await, None);
     assert_eq!(cache.drop_version(&key("k"), version(1)).await, Ok(false));
     config("0").await;
-    cache.land(&key("k"), &put(3), NOW, LONG).await.expect("lands");
+    cache.write(&key("k"), &put(3), NOW, LONG).await.expect("lands");
     let mut connection = server.connect().await;
     cmd("REPLICAOF")
         .arg("127.0.0.1")
@@ -430,7 +498,8 @@ async fn a_redis_without_memory_or_in_a_replicas_role_refuses_and_still_drops_or
         .exec_async(&mut connection)
         .await
         .expect("REPLICAOF");
-    assert_eq!(cache.land(&key("k"), &put(4), NOW, LONG).await, refused("READONLY"));
+    assert_eq!(cache.enter(&key("k")).await, Err(refused("READONLY")));
+    assert_eq!(cache.overwrite(&key("k"), &put(4)).await, Err(refused("READONLY")));
     assert_eq!(standing(&cache, &key("k")).await, Some(put(3)));
     cmd("REPLICAOF")
         .arg("NO")
@@ -438,7 +507,7 @@ async fn a_redis_without_memory_or_in_a_replicas_role_refuses_and_still_drops_or
         .exec_async(&mut connection)
         .await
         .expect("REPLICAOF");
-    assert_eq!(cache.land(&key("k"), &put(4), NOW, LONG).await, Ok(version(4)));
+    assert_eq!(cache.write(&key("k"), &put(4), NOW, LONG).await, stands(4));
     assert!(cache.is_up());
 }
 
@@ -452,12 +521,12 @@ struct Failures {
 }
 
 /// Calls, reads and writes in turn, until so many have failed. Those that succeed are counted.
-async fn call_until_failed(cache: &RedisCache, failures: usize, succeeded: &AtomicUsize) -> Failures {
+async fn call_until_failed(cache: &Replica, failures: usize, succeeded: &AtomicUsize) -> Failures {
     let mut met = Failures::default();
     for call in 0.. {
         let failed = match call % 2 {
             0 => cache.get(&key("k")).await.err(),
-            _ => cache.land(&key("k"), &put(1), NOW, LONG).await.err(),
+            _ => cache.overwrite(&key("k"), &put(1)).await.err(),
         };
         match failed {
             Some(RedisFailure::Down) => met.down += 1,
@@ -473,7 +542,7 @@ async fn call_until_failed(cache: &RedisCache, failures: usize, succeeded: &Atom
 }
 
 /// Sixteen callers at once, while `fail` makes the server fail: each waits once at most.
-async fn callers_wait_once_at_most(cache: &Arc<RedisCache>, fail: impl FnOnce()) {
+async fn callers_wait_once_at_most(cache: &Arc<Replica>, fail: impl FnOnce()) {
     let succeeded = Arc::new(AtomicUsize::new(0));
     let mut callers = JoinSet::new();
     for _ in 0..16 {
@@ -493,14 +562,14 @@ async fn callers_wait_once_at_most(cache: &Arc<RedisCache>, fail: impl FnOnce())
 async fn a_killed_redis_makes_no_caller_wait_twice_and_serves_again_after_its_restart() {
     let mut server = redis_server::start().await;
     let metrics = CacheMetrics::default();
-    let cache = Arc::new(cache_counting(&server, metrics.clone()).await);
+    let cache = Arc::new(Replica::counting(&server, metrics.clone()).await);
     for round in 1..=3 {
         assert_eq!(metrics.redis_down.get(), 0);
         callers_wait_once_at_most(&cache, || server.kill()).await;
         assert_eq!(metrics.redis_down.get(), 1);
         server.start_again().await;
-        up(&cache).await;
-        assert_eq!(cache.land(&key("k"), &put(round), NOW, LONG).await, Ok(version(round)));
+        cache.up().await;
+        assert_eq!(cache.write(&key("k"), &put(round), NOW, LONG).await, stands(round));
         assert_eq!(standing(&cache, &key("k")).await, Some(put(round)));
     }
 }
@@ -508,18 +577,18 @@ async fn a_killed_redis_makes_no_caller_wait_twice_and_serves_again_after_its_re
 #[tokio::test]
 async fn a_frozen_redis_makes_no_caller_wait_twice_and_serves_again_when_it_thaws() {
     let server = redis_server::start().await;
-    let cache = Arc::new(cache_of(&server).await);
+    let cache = Arc::new(Replica::of(&server).await);
     callers_wait_once_at_most(&cache, || server.freeze()).await;
     assert_eq!(cache.get(&key("k")).await, Err(RedisFailure::Down));
     server.thaw();
-    up(&cache).await;
-    assert_eq!(cache.land(&key("k"), &put(2), NOW, LONG).await, Ok(version(2)));
+    cache.up().await;
+    assert_eq!(cache.write(&key("k"), &put(2), NOW, LONG).await, stands(2));
 }
 
 #[tokio::test]
 async fn a_redis_that_nobody_calls_is_known_to_be_gone() {
     let server = redis_server::start().await;
-    let cache = cache_of(&server).await;
+    let cache = Replica::of(&server).await;
     server.freeze();
     until("Redis is held to be down", async || !cache.is_up()).await;
 }
@@ -528,11 +597,11 @@ async fn a_redis_that_nobody_calls_is_known_to_be_gone() {
 async fn a_redis_that_is_absent_at_the_start_is_found_when_it_comes() {
     let mut server = redis_server::start().await;
     server.kill();
-    let cache = cache_at(&server.url(), CacheMetrics::default());
+    let cache = Replica::at(&server.url(), CacheMetrics::default());
     assert_eq!(call_until_failed(&cache, 10, &AtomicUsize::new(0)).await.waited, 0);
     server.start_again().await;
-    up(&cache).await;
-    assert_eq!(cache.land(&key("k"), &put(1), NOW, LONG).await, Ok(version(1)));
+    cache.up().await;
+    assert_eq!(cache.write(&key("k"), &put(1), NOW, LONG).await, stands(1));
 }
 
 #[tokio::test]
@@ -550,7 +619,7 @@ async fn what_accepts_and_never_answers_is_never_waited_for() {
             }
         }
     });
-    let cache = cache_at(&url, CacheMetrics::default());
+    let cache = Replica::at(&url, CacheMetrics::default());
     until("it is dialled again and again", async || {
         assert_eq!(call_until_failed(&cache, 100, &AtomicUsize::new(0)).await.waited, 0);
         dials.load(Ordering::Relaxed) >= 3
@@ -572,7 +641,7 @@ async fn a_password_is_used_and_a_wrong_one_is_no_connection() {
         .await;
     set.expect("CONFIG SET");
     let with = |password: &str| {
-        cache_at(
+        Replica::at(
             &server.url().replace("://", &format!("://:{password}@")),
             CacheMetrics::default(),
         )
@@ -580,9 +649,9 @@ async fn a_password_is_used_and_a_wrong_one_is_no_connection() {
     let (right, wrong, none) = (
         with("right"),
         with("wrong"),
-        cache_at(&server.url(), CacheMetrics::default()),
+        Replica::at(&server.url(), CacheMetrics::default()),
     );
-    up(&right).await;
+    right.up().await;
     until("both others were refused", async || {
         let info: String = cmd("INFO")
             .arg("errorstats")
@@ -609,11 +678,11 @@ async fn a_dropped_cache_leaves_no_connection_and_no_count_behind() {
             .expect("CLIENT LIST");
         list.lines().count()
     };
-    let cache = cache_counting(&server, metrics.clone()).await;
+    let cache = Replica::counting(&server, metrics.clone()).await;
     until("there is one beside the test's own", async || connections().await == 2).await;
     drop(cache);
     until("only the test's own is left", async || connections().await == 1).await;
-    let absent = cache_at("redis://127.0.0.1:1", metrics.clone());
+    let absent = Replica::at("redis://127.0.0.1:1", metrics.clone());
     assert_eq!(metrics.redis_down.get(), 1);
     drop(absent);
     until("nothing is counted", async || metrics.redis_down.get() == 0).await;

@@ -426,7 +426,10 @@ async fn journal_command_serve(directory: &Directory) -> Output {
         "--data-dir",
         data.to_str().expect("text"),
     ];
-    let elsewhere = [("TIDEGATE_OPERATIONS__LISTEN", "127.0.0.1:0")];
+    let elsewhere = [
+        ("TIDEGATE_OPERATIONS__LISTEN", "127.0.0.1:0"),
+        ("TIDEGATE_ADMIN__LISTEN", "127.0.0.1:0"),
+    ];
     run_command(&arguments, &elsewhere, Directory::new("command").path()).await
 }
 

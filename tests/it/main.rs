@@ -21,9 +21,11 @@ mod check;
 #[path = "../consistency/history.rs"]
 mod history;
 
+mod admin;
 mod anomalies;
 mod bad_input;
 mod cache_redis;
+mod channel;
 mod clock;
 mod config;
 mod deadlines;
@@ -46,6 +48,7 @@ mod refresh;
 mod replicas;
 mod servers;
 mod shutdown;
+mod stats;
 mod store_contract;
 mod store_control;
 mod switches;

@@ -1436,7 +1436,7 @@ async fn a_transaction_without_end_puts_the_collection_off() {
         .execute(&mut *held)
         .await
         .expect("written");
-    let backend = Postgres::new(url, Duration::from_millis(600), Tables::Check).expect("valid");
+    let backend = Postgres::new(url, Duration::from_secs(2), Tables::Check).expect("valid");
     backend.prepare().await.expect("fit for use");
     let mut collector = backend.connection();
     let refused = collector.collect(MINUTE, 100).await.expect_err("it goes on");

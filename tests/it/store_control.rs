@@ -25,7 +25,7 @@ async fn namespaces(connection: &mut dyn Connection) -> Vec<(String, i64)> {
         .await
         .namespaces
         .into_iter()
-        .map(|(namespace, epoch)| (namespace, epoch.0))
+        .map(|(namespace, epoch)| (namespace, epoch.epoch.0))
         .collect();
     namespaces.sort();
     namespaces
@@ -119,11 +119,11 @@ async fn one_namespace_too_many_moves_the_epoch_of_all(fixture: Fixture) {
         .execute(
             &format!(
                 "insert into tidegate_namespace_epochs
-                 select 'n' || n, n from generate_series(1, {NAMESPACE_EPOCHS_MAX}) as n"
+                 select 'n' || n, n, now() from generate_series(1, {NAMESPACE_EPOCHS_MAX}) as n"
             ),
             &format!(
                 "with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < {NAMESPACE_EPOCHS_MAX})
-                 insert into tidegate_namespace_epochs select 'n' || n, n from numbers"
+                 insert into tidegate_namespace_epochs select 'n' || n, n, 0 from numbers"
             ),
         )
         .await;
@@ -138,7 +138,7 @@ async fn one_namespace_too_many_moves_the_epoch_of_all(fixture: Fixture) {
         (seen.epoch, seen.namespaces.len()),
         (first, NAMESPACE_EPOCHS_MAX as usize)
     );
-    assert_eq!(seen.namespaces.get("n7"), Some(&Epoch(5_000)));
+    assert_eq!(seen.namespaces.get("n7").map(|moved| moved.epoch), Some(Epoch(5_000)));
     connection
         .move_namespace_epoch("more", Epoch(6_000))
         .await

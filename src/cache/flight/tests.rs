@@ -167,3 +167,48 @@ fn flights_are_bounded_and_the_detached_count() {
     drop(second);
     assert_eq!(world.flights.running(), 0);
 }
+
+#[tokio::test]
+async fn what_is_detached_together_is_joined_no_more() {
+    let world = world(8);
+    let (kept, gone) = (key("kept"), key("gone"));
+    let leads = [world.lead(&kept), world.lead(&gone)];
+    let before = world.join(&gone);
+    world.flights.detach_where(|key| key.key() == "gone");
+    let _joined = world.join(&kept);
+    let later = world.lead(&gone);
+    world.flights.detach_all();
+    let newer = [world.lead(&kept), world.lead(&gone)];
+    let [_kept, first] = leads;
+    first.end(found(1));
+    assert_eq!(
+        before.outcome().await.map(version_of),
+        Some(1),
+        "who joined still gets its answer"
+    );
+    later.end(found(2));
+    let joined = world.join(&gone);
+    let [_, newest] = newer;
+    newest.end(found(3));
+    assert_eq!(
+        joined.outcome().await.map(version_of),
+        Some(3),
+        "an older one's end ends no newer one"
+    );
+}
+
+#[tokio::test]
+async fn nobody_joins_who_leads_alone_and_it_counts() {
+    let world = world(2);
+    let key = key("k");
+    let Ticket::Lead(alone) = world.flights.lead_alone(&key) else {
+        panic!("there is room");
+    };
+    let lead = world.lead(&key);
+    assert!(matches!(world.flights.lead_alone(&key), Ticket::Full));
+    alone.end(found(1));
+    let joined = world.join(&key);
+    lead.end(found(2));
+    assert_eq!(joined.outcome().await.map(version_of), Some(2));
+    assert_eq!(world.flights.running(), 0);
+}

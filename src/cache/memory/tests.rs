@@ -6,7 +6,7 @@ mod late;
 use std::{
     sync::{
         Barrier,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     thread,
     time::Duration,
@@ -397,6 +397,165 @@ fn whoever_lands_on_an_emptied_slot_at_once_leaves_the_highest() {
     for round in 0..5_000 {
         assert_eq!(standing(&memory, &key(round)), Some(put(3)), "round {round}");
     }
+}
+
+#[test]
+fn nothing_is_trusted_before_it_is_said_and_nothing_after_it_ends() {
+    let (memory, key) = (memory(), key("k"));
+    land(&memory, &key, put(1));
+    memory.trust_until(NOW);
+    assert!(memory.is_on(Timestamp(i64::MAX - 1)), "it was never gated");
+    memory.gate();
+    assert_eq!((memory.is_on(NOW), memory.get(&key, NOW)), (false, None));
+    assert_eq!(memory.last_known(&key, NOW), None);
+    let (until, before) = (NOW.after(MINUTE / 2), Timestamp(NOW.after(MINUTE / 2).0 - 1));
+    memory.trust_until(until);
+    memory.trust_until(NOW);
+    assert_eq!(memory.get(&key, before), Some(put(1)), "trust gets no shorter");
+    assert_eq!((memory.is_on(until), memory.get(&key, until)), (false, None));
+    assert_eq!(memory.last_known(&key, until), None);
+    memory.trust_until(NOW.after(2 * MINUTE));
+    let expired = NOW.after(MINUTE);
+    assert_eq!(memory.get(&key, expired), None);
+    assert_eq!(memory.last_known(&key, expired), Some(put(1)), "however old");
+}
+
+#[test]
+fn while_it_is_off_nothing_lands_neither_then_nor_later() {
+    let (memory, key) = (memory(), key("k"));
+    land(&memory, &key, put(1));
+    let from_before = [(); 2].map(|()| memory.leave_token(&key));
+    memory.gate();
+    memory.drop_all();
+    assert_eq!((memory.len(), memory.bytes(), tokens(&memory)), (0, 0, 0));
+    let from_meanwhile = [(); 2].map(|()| memory.leave_token(&key));
+    assert_eq!(tokens(&memory), 0);
+    let [before, before_later] = from_before;
+    let [meanwhile, meanwhile_later] = from_meanwhile;
+    assert_eq!(before.land_load(put(9)), refused(None));
+    assert_eq!(meanwhile.land_write(put(9)), refused(None));
+    memory.trust_until(NOW.after(MINUTE));
+    assert_eq!(before_later.land_load(put(9)), refused(None));
+    assert_eq!(meanwhile_later.land_load(put(9)), refused(None));
+    assert!(memory.is_empty());
+    assert_eq!(load(&memory, &key, put(2)), Landing::Landed);
+    assert_eq!(standing(&memory, &key), Some(put(2)));
+}
+
+#[test]
+fn trust_that_merely_ended_keeps_what_stands_and_what_lands() {
+    let (memory, key, other) = (memory(), key("k"), key("other"));
+    memory.gate();
+    memory.trust_until(NOW);
+    land(&memory, &key, put(1));
+    let token = memory.leave_token(&other);
+    assert!(!memory.is_on(NOW));
+    assert_eq!(token.land_load(put(2)), Landing::Landed);
+    assert_eq!(memory.version(&key), Some(version(1)), "a floor for what others hold");
+    memory.trust_until(NOW.after(MINUTE));
+    assert_eq!(memory.get(&key, NOW), Some(put(1)));
+    assert_eq!(memory.get(&other, NOW), Some(put(2)));
+}
+
+#[test]
+fn dropping_everything_ends_every_right_to_land_and_leaves_the_gate_as_it_was() {
+    for gated in [false, true] {
+        let memory = memory();
+        if gated {
+            memory.gate();
+            memory.trust_until(NOW.after(MINUTE));
+        }
+        let left: Vec<Token> = (0..1_000).map(|number| memory.leave_token(&key(number))).collect();
+        for number in 500..1_500 {
+            land(&memory, &key(number), put(1));
+        }
+        memory.drop_all();
+        assert_eq!((memory.len(), memory.bytes(), tokens(&memory)), (0, 0, 0));
+        for token in left {
+            assert_eq!(token.land_load(put(1)), refused(None));
+        }
+        assert!(memory.is_empty());
+        assert_eq!(load(&memory, &key(0), put(1)), Landing::Landed);
+        assert_eq!(standing(&memory, &key(0)), Some(put(1)));
+    }
+}
+
+#[test]
+fn an_invalidation_of_whatever_version_takes_the_key_and_nothing_else() {
+    let memory = memory();
+    let names = ["a:1", "a:2", "b:1"];
+    let stale: Vec<Token> = names
+        .iter()
+        .map(|name| {
+            land(&memory, &key(name), put(9));
+            memory.leave_token(&key(name))
+        })
+        .collect();
+    assert!(memory.invalidate_key(&key("a:1")));
+    assert!(!memory.invalidate_key(&key("a:1")), "there is nothing");
+    let landings: Vec<Landing> = stale.into_iter().map(|token| token.land_load(put(9))).collect();
+    assert_eq!(landings, [refused(None), Landing::Renewed, Landing::Renewed]);
+    let rights: Vec<Token> = names.iter().map(|name| memory.leave_token(&key(name))).collect();
+    assert_eq!(memory.invalidate_where(|key| key.key().starts_with("a:")), 1);
+    let landings: Vec<Landing> = rights.into_iter().map(|token| token.land_load(put(9))).collect();
+    assert_eq!(landings, [refused(None), refused(None), Landing::Renewed]);
+    let standing = names.map(|name| standing(&memory, &key(name)));
+    assert_eq!(standing, [None, None, Some(put(9))]);
+}
+
+#[test]
+fn every_matching_copy_of_every_shard_is_invalidated() {
+    let memory = memory();
+    for number in 0..50_000 {
+        land(&memory, &key(number), put(1));
+    }
+    let odd = |key: &Key| key.key().ends_with(['1', '3', '5', '7', '9']);
+    assert_eq!(memory.invalidate_where(odd), 25_000);
+    assert_eq!(memory.len(), 25_000);
+    assert!((0..50_000).all(|number| memory.version(&key(number)).is_some() == (number % 2 == 0)));
+}
+
+/// Loads that read a store and land, while everything is dropped again and again as when messages were missed: what a load read before
+/// the last drop must not stand after it.
+#[test]
+fn no_load_from_before_everything_was_dropped_lands_after_it() {
+    const DROPS: i64 = 5_000;
+    const KEYS: i64 = 64;
+    let (memory, store) = (memory(), AtomicI64::new(1));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut rng = rand::rng();
+                while !done.load(Ordering::Relaxed) {
+                    let key = key(rng.random_range(0..KEYS));
+                    let token = memory.leave_token(&key);
+                    let found = store.load(Ordering::SeqCst);
+                    token.land_load(put(found));
+                }
+            });
+        }
+        let dropper = scope.spawn(|| {
+            for round in 2..DROPS {
+                memory.gate();
+                // Nobody hears of it.
+                store.store(round, Ordering::SeqCst);
+                memory.drop_all();
+                memory.trust_until(NOW);
+                for number in 0..KEYS {
+                    let seen = standing(&memory, &key(number)).and_then(|copy| copy.version());
+                    assert!(
+                        seen.is_none_or(|seen| seen == version(round)),
+                        "{seen:?} in round {round}"
+                    );
+                }
+            }
+        });
+        let ended = dropper.join();
+        // First of all, or the threads of a failed test would never end.
+        done.store(true, Ordering::Relaxed);
+        assert!(ended.is_ok(), "nothing older stands");
+    });
 }
 
 prop_compose! {

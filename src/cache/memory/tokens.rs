@@ -14,6 +14,11 @@ use crate::model::Key;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Number(u64);
 
+impl Number {
+    /// That of no token.
+    pub(super) const NONE: Number = Number(0);
+}
+
 #[derive(Debug)]
 struct Standing {
     number: Number,
@@ -49,6 +54,11 @@ impl Tokens {
     /// Takes a key's token away from all of its holders. Which one stood.
     pub(super) fn clear(&mut self, key: &Key) -> Option<Number> {
         self.standing.remove(key).map(|standing| standing.number)
+    }
+
+    /// The same at every key that matches.
+    pub(super) fn clear_where(&mut self, matches: impl Fn(&Key) -> bool) {
+        self.standing.retain(|key, _| !matches(key));
     }
 
     /// One holder will not land any more.

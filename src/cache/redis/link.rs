@@ -22,11 +22,11 @@ use crate::{
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The pause before the first dial after a failure. It doubles with each further one, up to the longest.
-const DIAL_PAUSE_MIN: Duration = Duration::from_millis(100);
-const DIAL_PAUSE_MAX: Duration = Duration::from_secs(2);
+pub(super) const DIAL_PAUSE_MIN: Duration = Duration::from_millis(100);
+pub(super) const DIAL_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// A link that stood this long has proved itself: the pauses before dials begin small again.
-const LINK_PROVED: Duration = Duration::from_secs(10);
+pub(super) const LINK_PROVED: Duration = Duration::from_secs(10);
 
 /// Commands that may queue for the socket, and the bytes that are joined into one write. The crate's own figures are for few calls.
 const QUEUED_COMMANDS_MAX: usize = 4096;
@@ -44,11 +44,14 @@ pub(super) struct Link {
     complaints: Complaints,
 }
 
-#[derive(Debug)]
-struct Standing {
-    connection: MultiplexedConnection,
+/// A connection that answers.
+#[derive(Debug, Clone)]
+pub(super) struct Standing {
+    pub(super) connection: MultiplexedConnection,
     /// Which dial made it.
-    number: u64,
+    pub(super) number: u64,
+    /// The run of the server that it leads to.
+    pub(super) server: Arc<str>,
 }
 
 impl Link {
@@ -62,10 +65,9 @@ impl Link {
         }
     }
 
-    /// The connection that stands, and its number.
-    pub(super) fn current(&self) -> Option<(MultiplexedConnection, u64)> {
-        let standing = self.standing.read();
-        standing.as_ref().map(|s| (s.connection.clone(), s.number))
+    /// The connection that stands.
+    pub(super) fn current(&self) -> Option<Standing> {
+        self.standing.read().clone()
     }
 
     /// Takes the link down, if it is still the one of this number.
@@ -92,8 +94,8 @@ impl Link {
         }
     }
 
-    fn rise(&self, connection: MultiplexedConnection, number: u64) {
-        *self.standing.write() = Some(Standing { connection, number });
+    fn rise(&self, standing: Standing) {
+        *self.standing.write() = Some(standing);
         self.metrics.redis_down.dec();
         tracing::info!("Redis answers");
     }
@@ -137,9 +139,13 @@ impl Keeper {
         // wait for it in turn.
         let mut backoff = Backoff::new(DIAL_PAUSE_MIN, DIAL_PAUSE_MAX);
         for number in 0.. {
-            if let Some(connection) = self.dial().await {
+            if let Some((connection, server)) = self.dial().await {
                 let risen = Instant::now();
-                self.link.rise(connection.clone(), number);
+                self.link.rise(Standing {
+                    connection: connection.clone(),
+                    number,
+                    server,
+                });
                 self.watch(connection, number).await;
                 if risen.elapsed() >= LINK_PROVED {
                     backoff.reset();
@@ -149,8 +155,8 @@ impl Keeper {
         }
     }
 
-    /// A connection that answered a ping.
-    async fn dial(&self) -> Option<MultiplexedConnection> {
+    /// A connection that answers, and the run of its server.
+    async fn dial(&self) -> Option<(MultiplexedConnection, Arc<str>)> {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.connect_timeout))
             // Each call has its own deadline.
@@ -159,8 +165,8 @@ impl Keeper {
             .set_write_backpressure_boundary(WRITE_BYTES);
         let dialled = self.client.get_multiplexed_async_connection_with_config(&config).await;
         let (failure, cause) = match dialled {
-            Ok(mut connection) => match self.ping(&mut connection).await {
-                Ok(()) => return Some(connection),
+            Ok(mut connection) => match self.meet(&mut connection).await {
+                Ok(server) => return Some((connection, server)),
                 Err(failure) => (failure, None),
             },
             Err(error) => (failure_of(&error), io_cause(&error)),
@@ -184,6 +190,18 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// The run of the server: a random name that it gives itself whenever it starts.
+    async fn meet(&self, connection: &mut MultiplexedConnection) -> Result<Arc<str>, RedisFailure> {
+        // One that is still loading its file answers the other question.
+        self.ping(connection).await?;
+        let mut info = Cmd::new();
+        info.arg("INFO").arg("server");
+        let told = ask(connection, &info, Instant::now() + self.ping_timeout).await?;
+        let told = told.and_then(|told| String::from_utf8(told).ok()).unwrap_or_default();
+        let run = told.lines().find_map(|line| line.strip_prefix("run_id:"));
+        run.map(|run| run.trim().into()).ok_or(RedisFailure::Lost)
     }
 
     async fn ping(&self, connection: &mut MultiplexedConnection) -> Result<(), RedisFailure> {
@@ -212,7 +230,23 @@ pub(super) async fn ask(
     }
 }
 
-fn failure_of(error: &RedisError) -> RedisFailure {
+/// One command whose answer is a number that tells nothing.
+///
+/// Cancel-safe, as [`ask`] is.
+pub(super) async fn tell(
+    connection: &mut MultiplexedConnection,
+    command: &Cmd,
+    deadline: Instant,
+) -> Result<(), RedisFailure> {
+    match timeout_at(deadline, command.query_async(connection)).await {
+        Ok(Ok(Value::Int(_))) => Ok(()),
+        Ok(Ok(_)) => Err(RedisFailure::Lost),
+        Ok(Err(error)) => Err(failure_of(&error)),
+        Err(_) => Err(RedisFailure::TimedOut),
+    }
+}
+
+pub(super) fn failure_of(error: &RedisError) -> RedisFailure {
     match error.kind() {
         ErrorKind::Server(_) | ErrorKind::Extension => RedisFailure::Refused {
             code: error.code().unwrap_or("ERR").to_owned(),
@@ -225,20 +259,20 @@ fn failure_of(error: &RedisError) -> RedisFailure {
 }
 
 /// What the system says of a failed dial, as "connection refused"; it holds no credential.
-fn io_cause(error: &RedisError) -> Option<String> {
+pub(super) fn io_cause(error: &RedisError) -> Option<String> {
     error.is_io_error().then(|| error.to_string())
 }
 
 /// Lets one line through per [`COMPLAINT_INTERVAL`].
 #[derive(Debug, Default)]
-struct Complaints {
+pub(super) struct Complaints {
     /// When the last one was let through, and how many were not since.
     last: Mutex<(Option<Instant>, u64)>,
 }
 
 impl Complaints {
     /// Whether a line may be logged: how many could not be since the last one.
-    fn permit(&self) -> Option<u64> {
+    pub(super) fn permit(&self) -> Option<u64> {
         let mut last = self.last.lock();
         if last.0.is_some_and(|at| at.elapsed() < COMPLAINT_INTERVAL) {
             last.1 += 1;

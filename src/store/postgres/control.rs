@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     model::{Epoch, Version},
-    store::{Control, NAMESPACE_EPOCHS_MAX, verdict::no_control_row},
+    store::{Control, NAMESPACE_EPOCHS_MAX, NamespaceMoved, verdict::no_control_row},
 };
 
 pub(super) async fn control(session: &mut PgConnection) -> Result<Control, Failure> {
@@ -21,10 +21,17 @@ pub(super) async fn control(session: &mut PgConnection) -> Result<Control, Failu
     let WireTime(now) = row.try_get(3)?;
     let namespaces: Vec<String> = row.try_get(4)?;
     let epochs: Vec<i64> = row.try_get(5)?;
+    let moved: Vec<WireTime> = row.try_get(6)?;
+    let moved_at: Option<WireTime> = row.try_get(7)?;
+    let epochs = epochs.into_iter().zip(moved).map(|(epoch, WireTime(moved_at))| NamespaceMoved {
+        epoch: Epoch(epoch),
+        moved_at,
+    });
     Ok(Control {
         epoch: Epoch(row.try_get(0)?),
         cache_server: row.try_get(1)?,
-        namespaces: namespaces.into_iter().zip(epochs.into_iter().map(Epoch)).collect(),
+        moved_at: moved_at.map(|WireTime(at)| at),
+        namespaces: namespaces.into_iter().zip(epochs).collect(),
         gc_horizon: Version::new(row.try_get(2)?),
         now,
     })

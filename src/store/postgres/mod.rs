@@ -252,7 +252,7 @@ async fn migrate(mut connection: PgConnection) -> Result<(), StoreError> {
 /// Checks that the tables have every column that is used.
 async fn check_tables(mut connection: PgConnection) -> Result<(), StoreError> {
     let looked = sqlx::query(
-        "select e.collectable_at, d.reason, n.high_water, c.gc_horizon, c.epoch, c.cache_server, s.epoch
+        "select e.collectable_at, d.reason, n.high_water, c.gc_horizon, c.epoch, c.moved_at, c.cache_server, s.epoch, s.moved_at
            from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c, tidegate_namespace_epochs s
           limit 0",
     )

@@ -22,13 +22,16 @@ pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where 
 pub(super) const CONTROL: &str = "
     select epoch, cache_server, gc_horizon, clock_timestamp(),
            array(select namespace from tidegate_namespace_epochs order by namespace),
-           array(select epoch from tidegate_namespace_epochs order by namespace)
+           array(select epoch from tidegate_namespace_epochs order by namespace),
+           array(select moved_at from tidegate_namespace_epochs order by namespace), moved_at
       from tidegate_control where id = 1";
 
 /// The epoch, moved on from the one that is expected. What the namespaces had is of the time before.
 pub(super) const MOVE_EPOCH: &str = "
     with moved as (
-        update tidegate_control set epoch = $2, cache_server = coalesce($3, cache_server)
+        update tidegate_control
+           set epoch = $2, cache_server = coalesce($3, cache_server),
+               moved_at = case when epoch = $2 then moved_at else clock_timestamp() end
          where id = 1 and epoch = $1 returning id
     ), ended as (
         delete from tidegate_namespace_epochs where exists (select from moved)
@@ -37,16 +40,16 @@ pub(super) const MOVE_EPOCH: &str = "
 
 /// A namespace's own epoch, where there is room for one more.
 pub(super) const MOVE_NAMESPACE_EPOCH: &str = "
-    insert into tidegate_namespace_epochs (namespace, epoch)
-    select $1, $2
+    insert into tidegate_namespace_epochs (namespace, epoch, moved_at)
+    select $1, $2, clock_timestamp()
      where exists (select from tidegate_namespace_epochs where namespace = $1)
         or (select count(*) from tidegate_namespace_epochs) < $3
-        on conflict (namespace) do update set epoch = excluded.epoch";
+        on conflict (namespace) do update set epoch = excluded.epoch, moved_at = excluded.moved_at";
 
 /// The epoch of all, for a namespace that finds no room.
 pub(super) const MOVE_ALL_EPOCHS: &str = "
     with moved as (
-        update tidegate_control set epoch = $1 where id = 1 returning id
+        update tidegate_control set epoch = $1, moved_at = clock_timestamp() where id = 1 returning id
     ), ended as (
         delete from tidegate_namespace_epochs where exists (select from moved)
     )

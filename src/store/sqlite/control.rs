@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     model::{Epoch, Timestamp, Version},
-    store::{Control, NAMESPACE_EPOCHS_MAX, verdict::no_control_row},
+    store::{Control, NAMESPACE_EPOCHS_MAX, NamespaceMoved, verdict::no_control_row},
 };
 
 pub(super) async fn control(reader: &mut SqliteConnection) -> Result<Control, Failure> {
@@ -27,11 +27,18 @@ async fn read(reader: &mut SqliteConnection) -> Result<Control, Failure> {
     let namespaces = sqlx::query(NAMESPACE_EPOCHS).fetch_all(reader).await?;
     let namespaces = namespaces
         .iter()
-        .map(|row| Ok((row.try_get(0)?, Epoch(row.try_get(1)?))))
+        .map(|row| {
+            let moved = NamespaceMoved {
+                epoch: Epoch(row.try_get(1)?),
+                moved_at: Timestamp(row.try_get(2)?),
+            };
+            Ok((row.try_get(0)?, moved))
+        })
         .collect::<Result<_, sqlx::Error>>()?;
     Ok(Control {
         epoch: Epoch(row.try_get(0)?),
         cache_server: row.try_get(1)?,
+        moved_at: row.try_get::<Option<i64>, _>(4)?.map(Timestamp),
         namespaces,
         gc_horizon: Version::new(row.try_get(2)?),
         now: Timestamp(row.try_get(3)?),

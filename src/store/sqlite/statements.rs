@@ -59,29 +59,39 @@ pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where 
 pub(super) const CONTROL: &str = concat!(
     "select epoch, cache_server, gc_horizon, ",
     now!(),
-    " from tidegate_control where id = 1"
+    ", moved_at from tidegate_control where id = 1"
 );
 
 /// The namespaces that have epochs of their own.
-pub(super) const NAMESPACE_EPOCHS: &str = "select namespace, epoch from tidegate_namespace_epochs";
+pub(super) const NAMESPACE_EPOCHS: &str = "select namespace, epoch, moved_at from tidegate_namespace_epochs";
 
 /// The epoch, moved on from the one that is expected.
-pub(super) const MOVE_EPOCH: &str = "
-    update tidegate_control set epoch = ?2, cache_server = coalesce(?3, cache_server) where id = 1 and epoch = ?1";
+pub(super) const MOVE_EPOCH: &str = concat!(
+    "update tidegate_control
+        set epoch = ?2, cache_server = coalesce(?3, cache_server), moved_at = case when epoch = ?2 then moved_at else ",
+    now!(),
+    " end where id = 1 and epoch = ?1"
+);
 
 /// The epoch of all, for a namespace that finds no room for its own.
-pub(super) const MOVE_ALL_EPOCHS: &str = "update tidegate_control set epoch = ?1 where id = 1";
+pub(super) const MOVE_ALL_EPOCHS: &str = concat!(
+    "update tidegate_control set epoch = ?1, moved_at = ",
+    now!(),
+    " where id = 1"
+);
 
 /// What the namespaces had is of the time before.
 pub(super) const END_NAMESPACE_EPOCHS: &str = "delete from tidegate_namespace_epochs";
 
 /// A namespace's own epoch, where there is room for one more.
-pub(super) const MOVE_NAMESPACE_EPOCH: &str = "
-    insert into tidegate_namespace_epochs (namespace, epoch)
-    select ?1, ?2
-     where exists (select 1 from tidegate_namespace_epochs where namespace = ?1)
-        or (select count(*) from tidegate_namespace_epochs) < ?3
-        on conflict (namespace) do update set epoch = excluded.epoch";
+pub(super) const MOVE_NAMESPACE_EPOCH: &str = concat!(
+    "insert into tidegate_namespace_epochs (namespace, epoch, moved_at)
+     select ?1, ?2, ",
+    now!(),
+    "  where exists (select 1 from tidegate_namespace_epochs where namespace = ?1)
+         or (select count(*) from tidegate_namespace_epochs) < ?3
+         on conflict (namespace) do update set epoch = excluded.epoch, moved_at = excluded.moved_at"
+);
 
 /// The horizon, raised to the highest version of what is due; no row when nothing is. A row that was stamped after the retention began, by
 /// a clock that is ahead, is not due.

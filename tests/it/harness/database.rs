@@ -89,6 +89,14 @@ impl Database {
             .expect("the view of records can be read")
     }
 
+    /// Where Redis holds the copy of a key of `orders`, under the epoch that holds now and the default prefix.
+    pub async fn place(&self, key: &str) -> String {
+        const SQL: &str = "select epoch from tidegate_control";
+        let epoch: i64 = on!(self, connection => sqlx::query_scalar(SQL).fetch_one(connection))
+            .expect("the control row can be read");
+        format!("tidegate:{epoch:016x}:orders:{key}")
+    }
+
     /// How many rows the table of entries has.
     pub async fn entries(&self) -> i64 {
         const SQL: &str = "select count(*) from tidegate_entries";

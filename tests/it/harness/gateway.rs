@@ -12,6 +12,7 @@ use std::{
 };
 
 use serde_json::Value;
+use tidegate::rpc::proto::{NamespaceStats, StatsRequest, admin_client::AdminClient};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -97,26 +98,23 @@ impl Setup {
         })
         .await;
         let connected = match served {
-            Some((address, operations)) => {
-                let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address makes a URL");
-                // It may have ended since.
-                endpoint
-                    .connect()
-                    .await
-                    .ok()
-                    .map(|channel| (address, operations, channel))
+            // It may have ended since.
+            Some(addresses) => {
+                let channel = endpoint(addresses.listen).connect().await.ok();
+                channel.map(|channel| (addresses, channel))
             }
             None => None,
         };
-        let Some((address, operations, channel)) = connected else {
+        let Some((addresses, channel)) = connected else {
             let code = process.wait(SOON).await.code();
             let log = process.stderr();
             return Err(Exit { code, log });
         };
         Ok(Gateway {
             client: Client::new(channel.clone()),
-            address,
-            operations,
+            address: addresses.listen,
+            operations: addresses.operations,
+            admin: addresses.admin,
             channel,
             process,
             setup: self.clone(),
@@ -159,6 +157,9 @@ impl Setup {
         let path = directory.path();
         let file = path.join("tidegate.toml");
         let mut text = format!("[operations]\nlisten = \"127.0.0.1:0\"\n\n{}", self.sections);
+        if !text.contains("[admin]") {
+            text.push_str("\n[admin]\nlisten = \"127.0.0.1:0\"\n");
+        }
         if !text.contains("[journal]") {
             // Smaller files than the default's are made sooner, and take every value of the default's length.
             text.push_str("\n[journal]\nsegment_bytes = 16_777_216\n");
@@ -233,6 +234,8 @@ pub struct Gateway {
     pub address: SocketAddr,
     /// Where it serves its operations HTTP.
     pub operations: SocketAddr,
+    /// Where it serves its operators' gRPC.
+    pub admin: SocketAddr,
     channel: Channel,
     process: Process,
     setup: Setup,
@@ -250,6 +253,24 @@ impl Gateway {
     /// The connection of its clients.
     pub fn channel(&self) -> Channel {
         self.channel.clone()
+    }
+
+    /// A client of its operators' port, over a connection of its own.
+    pub async fn admin(&self) -> AdminClient<Channel> {
+        let channel = endpoint(self.admin)
+            .connect()
+            .await
+            .expect("the operators' port accepts");
+        AdminClient::new(channel)
+    }
+
+    /// What it has counted of a namespace: zeros where there is nothing yet.
+    pub async fn stats(&self, namespace: &str) -> NamespaceStats {
+        let request = StatsRequest {
+            namespace: namespace.to_owned(),
+        };
+        let answer = self.admin().await.stats(request).await.expect("stats are told");
+        answer.into_inner().total.expect("there is a total")
     }
 
     /// All that it said so far.
@@ -330,7 +351,7 @@ impl Gateway {
             .fold(0.0, |sum, (_, value)| sum + value)
     }
 
-    /// Waits until the thread that serves our connection, and with it every other one, has found Redis.
+    /// Waits until the thread that serves our connection, and with it every other one, has found Redis, and L1 is on.
     async fn linked_to_redis(&self) {
         // Once our thread has answered it counts its connection as down or up.
         self.health("").await.expect("the gateway serves");
@@ -339,6 +360,7 @@ impl Gateway {
             super::expect(down == 0.0, down)
         })
         .await;
+        self.await_readiness("invalidation: up").await;
     }
 
     /// Waits until nothing is pending.
@@ -371,6 +393,16 @@ impl Gateway {
     /// Asks it to shut down in order.
     pub fn terminate(&mut self) {
         self.process.signal("TERM");
+    }
+
+    /// Asks the system to let it do nothing for a while.
+    pub fn pause(&mut self) {
+        self.process.signal("STOP");
+    }
+
+    /// Lets it go on after a pause.
+    pub fn go_on(&mut self) {
+        self.process.signal("CONT");
     }
 
     /// Ends it as a crash would, and waits for its end.
@@ -424,15 +456,29 @@ impl Drop for Gateway {
     }
 }
 
-/// Where a gateway says in its log that it serves: gRPC and the operations HTTP.
-fn serving(log: &str) -> Option<(SocketAddr, SocketAddr)> {
+/// Where a gateway says in its log that it serves.
+struct Addresses {
+    listen: SocketAddr,
+    operations: SocketAddr,
+    admin: SocketAddr,
+}
+
+fn serving(log: &str) -> Option<Addresses> {
     let fields = line(log, "serving")?;
     let address = |name: &str| {
         let text = fields[name].as_str().unwrap_or_default();
         text.parse()
             .unwrap_or_else(|_| panic!("no address in the field {name} of {fields}"))
     };
-    Some((address("listen"), address("operations")))
+    Some(Addresses {
+        listen: address("listen"),
+        operations: address("operations"),
+        admin: address("admin"),
+    })
+}
+
+fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint::from_shared(format!("http://{address}")).expect("an address makes a URL")
 }
 
 /// The first line of a log whose message begins so.

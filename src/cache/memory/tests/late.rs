@@ -1,7 +1,7 @@
 //! Who comes late, under every order of events: against a naive model that counts what happened to a slot instead of keeping tokens, against
 //! a store that tells the truth, and on threads. L1 is so small that copies lose their places all the time.
 
-use std::{cell::Cell, sync::atomic::AtomicI64};
+use std::cell::Cell;
 
 use proptest::{
     sample::Index,
@@ -24,8 +24,14 @@ enum Event {
     GiveUp(Index),
     Invalidate(i64),
     Drop(i64),
+    /// Every copy of the keys below one goes.
+    InvalidateBelow(usize),
     /// Another key's copy wants room.
     Crowd(usize),
+    /// What others do may have been missed.
+    Off,
+    /// It is heard again.
+    On,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,9 +69,15 @@ fn event() -> impl Strategy<Value = Event> {
         1 => any::<Index>().prop_map(Event::GiveUp),
         1 => (1..8_i64).prop_map(Event::Invalidate),
         1 => (1..8_i64).prop_map(Event::Drop),
+        1 => (0..=KEYS).prop_map(Event::InvalidateBelow),
+        1 => Just(Event::Off),
+        6 => Just(Event::On),
         4 => (0..600_usize).prop_map(Event::Crowd),
     ]
 }
+
+/// The count at which a token is left while L1 is off.
+const NEVER: u64 = u64::MAX;
 
 /// A slot as it is meant: what stands, and how often it was changed. A token is the count at which it was left.
 #[derive(Debug, Default, Clone)]
@@ -102,16 +114,20 @@ impl Slot {
 
 #[test]
 fn a_slot_does_what_the_model_does() {
-    let evicted = Cell::new(0);
-    check(1_000, vec((0..KEYS, event()), 1..120), |events| {
+    let (evicted, late_for) = (Cell::new(0), Cell::new(0));
+    check(2_000, vec((0..KEYS, event()), 1..120), |events| {
         let memory = memory_of(ROOM);
         let mut slots = vec![Slot::default(); KEYS];
         let mut holders: Vec<(usize, Token, u64)> = Vec::new();
+        let mut off = false;
         for (number, (at, event)) in events.into_iter().enumerate() {
             let (bytes, name) = (memory.bytes(), key(at));
             let mut wanted = 0;
             match event {
-                Event::LeaveToken => holders.push((at, memory.leave_token(&name), slots[at].changes)),
+                Event::LeaveToken => {
+                    let left_at = if off { NEVER } else { slots[at].changes };
+                    holders.push((at, memory.leave_token(&name), left_at));
+                }
                 Event::GiveUp(_) | Event::Land(..) if holders.is_empty() => {}
                 Event::GiveUp(index) => drop(holders.swap_remove(index.index(holders.len()))),
                 Event::Land(index, by, offered, value_bytes) => {
@@ -122,7 +138,7 @@ fn a_slot_does_what_the_model_does() {
                         By::Write => token.land_write(copy),
                         By::Load => token.land_load(copy),
                     };
-                    let stands = slots[at].land(by, left_at, offered);
+                    let stands = !off && slots[at].land(by, left_at, offered);
                     match landing {
                         Landing::Landed | Landing::Renewed => prop_assert!(stands),
                         Landing::Refused { standing } => {
@@ -139,13 +155,36 @@ fn a_slot_does_what_the_model_does() {
                     memory.drop_version(&name, super::version(version));
                     slots[at].remove_if(|number| number == version);
                 }
+                Event::InvalidateBelow(bound) => {
+                    memory.invalidate_where(|name| (0..bound).any(|at| *name == key(at)));
+                    for slot in &mut slots[..bound] {
+                        slot.remove_if(|_| true);
+                    }
+                }
+                Event::Off => {
+                    off = true;
+                    memory.gate();
+                    memory.drop_all();
+                    prop_assert!(memory.is_empty() && tokens(&memory) == 0);
+                    for slot in &mut slots {
+                        slot.remove_if(|_| true);
+                    }
+                }
+                Event::On => {
+                    if off {
+                        late_for.set(late_for.get() + holders.len());
+                    }
+                    off = false;
+                    memory.trust_until(NOW);
+                }
                 Event::Crowd(value_bytes) => {
                     wanted = Weigh.weight(&key(format!("other {number}")), &copy_of(1, value_bytes));
                     crowd(&memory, number, value_bytes);
                 }
             }
             for (at, slot) in slots.iter_mut().enumerate() {
-                let stands = standing(&memory, &key(at)).map(number_of);
+                let stands = memory.copies.peek(&key(at)).map(number_of);
+                prop_assert_eq!(standing(&memory, &key(at)).map(number_of), stands);
                 if stands.is_none() && slot.stands.is_some() {
                     prop_assert!(bytes + wanted > ROOM as u64, "evicted without need");
                     slot.remove_if(|_| true);
@@ -159,7 +198,10 @@ fn a_slot_does_what_the_model_does() {
         prop_assert_eq!(tokens(&memory), 0);
         Ok(())
     });
-    assert!(evicted.get() > 1_000, "{evicted:?}");
+    assert!(
+        evicted.get() > 1_000 && late_for.get() > 1_000,
+        "{evicted:?} {late_for:?}"
+    );
 }
 
 /// One step of those who write and load one key, over a store that tells the truth.

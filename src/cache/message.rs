@@ -1,0 +1,241 @@
+//! What replicas tell each other about a key: the message, as it goes through Redis.
+//!
+//! Owns the bytes, both ways. Does not own how a message travels (`redis` does) nor what is done when one is heard (the gateway). Invariants:
+//! decoding is total, and what it does not know for certain is foreign; a message that decodes is the one that was encoded, byte for byte.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..8 | the origin, big-endian |
+//! | 8 | the kind, from 1 on in the order of [`Message`] |
+//! | 9..17 | the version, positive, big-endian; 0 where there is none |
+//! | 17.. | the namespace, NUL, the key or the prefix; both empty where there is none |
+
+use std::fmt;
+
+use crate::model::{KEY_BYTES_MAX, Key, Version, check_namespace};
+
+const HEAD_BYTES: usize = 17;
+
+const WRITTEN: u8 = 1;
+const DROPPED: u8 = 2;
+const INVALIDATED: u8 = 3;
+const INVALIDATED_PREFIX: u8 = 4;
+const EPOCH_MOVED: u8 = 5;
+
+/// Who sent a message: a process, from its start to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin(pub u64);
+
+impl Origin {
+    /// An origin that no other process has, but by a chance of one in 2^64.
+    pub fn random() -> Origin {
+        Origin(rand::random())
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// What a replica tells the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// This version was written: an older copy and a known absence are of no use any more.
+    Written {
+        /// The key.
+        key: Key,
+        /// What was written.
+        version: Version,
+    },
+    /// Exactly this version was withdrawn.
+    Dropped {
+        /// The key.
+        key: Key,
+        /// What was withdrawn.
+        version: Version,
+    },
+    /// Every copy of the key goes, whatever its version.
+    Invalidated {
+        /// The key.
+        key: Key,
+    },
+    /// Every copy of the keys that begin so goes, whatever its version.
+    InvalidatedPrefix {
+        /// Their namespace.
+        namespace: String,
+        /// How they begin; empty: every key of the namespace.
+        prefix: String,
+    },
+    /// The control row says something new.
+    EpochMoved,
+}
+
+/// Bytes that this gateway would not have sent: somebody else's, or a newer one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the message is not one of this gateway's")]
+pub struct Foreign;
+
+impl Message {
+    /// The bytes of a message. One with a namespace or a prefix that no key can have is foreign to whoever hears it.
+    pub fn encode(&self, origin: Origin) -> Vec<u8> {
+        let (kind, version, namespace, key) = match self {
+            Message::Written { key, version } => (WRITTEN, version.get(), key.namespace(), key.key()),
+            Message::Dropped { key, version } => (DROPPED, version.get(), key.namespace(), key.key()),
+            Message::Invalidated { key } => (INVALIDATED, 0, key.namespace(), key.key()),
+            Message::InvalidatedPrefix { namespace, prefix } => {
+                (INVALIDATED_PREFIX, 0, namespace.as_str(), prefix.as_str())
+            }
+            Message::EpochMoved => (EPOCH_MOVED, 0, "", ""),
+        };
+        let mut bytes = Vec::with_capacity(HEAD_BYTES + namespace.len() + 1 + key.len());
+        bytes.extend_from_slice(&origin.0.to_be_bytes());
+        bytes.push(kind);
+        bytes.extend_from_slice(&version.to_be_bytes());
+        bytes.extend_from_slice(namespace.as_bytes());
+        bytes.push(0);
+        bytes.extend_from_slice(key.as_bytes());
+        bytes
+    }
+
+    /// The message that the bytes are, and who sent it.
+    ///
+    /// # Errors
+    /// [`Foreign`] for anything that [`Message::encode`] does not make of a valid message.
+    pub fn decode(bytes: &[u8]) -> Result<(Origin, Message), Foreign> {
+        let (origin, rest) = bytes.split_first_chunk().ok_or(Foreign)?;
+        let (kind, rest) = rest.split_first().ok_or(Foreign)?;
+        let (version, names) = rest.split_first_chunk().ok_or(Foreign)?;
+        let (origin, version) = (Origin(u64::from_be_bytes(*origin)), i64::from_be_bytes(*version));
+        let names = str::from_utf8(names).map_err(|_| Foreign)?;
+        let (namespace, name) = names.split_once('\0').ok_or(Foreign)?;
+        let key = || Key::new(namespace, name).map_err(|_| Foreign);
+        let message = match (*kind, version) {
+            (WRITTEN, version) => Message::Written {
+                key: key()?,
+                version: Version::new(version).ok_or(Foreign)?,
+            },
+            (DROPPED, version) => Message::Dropped {
+                key: key()?,
+                version: Version::new(version).ok_or(Foreign)?,
+            },
+            (INVALIDATED, 0) => Message::Invalidated { key: key()? },
+            (INVALIDATED_PREFIX, 0) if check_namespace(namespace).is_ok() && is_prefix(name) => {
+                Message::InvalidatedPrefix {
+                    namespace: namespace.to_owned(),
+                    prefix: name.to_owned(),
+                }
+            }
+            (EPOCH_MOVED, 0) if names == "\0" => Message::EpochMoved,
+            _ => return Err(Foreign),
+        };
+        Ok((origin, message))
+    }
+}
+
+/// Whether a key can begin so.
+fn is_prefix(text: &str) -> bool {
+    text.len() <= KEY_BYTES_MAX && !text.contains('\0')
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn key() -> impl Strategy<Value = Key> {
+        let name = prop_oneof![
+            10 => "[^\0]{1,40}",
+            1 => Just("k".repeat(KEY_BYTES_MAX)),
+        ];
+        ("[a-z][a-z0-9_.-]{0,62}", name).prop_map(|(namespace, name)| Key::new(&namespace, &name).expect("valid"))
+    }
+
+    fn message() -> impl Strategy<Value = Message> {
+        let version = || (1..=i64::MAX).prop_map(|number| Version::new(number).expect("positive"));
+        prop_oneof![
+            (key(), version()).prop_map(|(key, version)| Message::Written { key, version }),
+            (key(), version()).prop_map(|(key, version)| Message::Dropped { key, version }),
+            key().prop_map(|key| Message::Invalidated { key }),
+            (key(), any::<bool>()).prop_map(|(key, whole)| Message::InvalidatedPrefix {
+                namespace: key.namespace().to_owned(),
+                prefix: if whole { String::new() } else { key.key().to_owned() },
+            }),
+            Just(Message::EpochMoved),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_comes_back_as_it_went(message in message(), origin in any::<u64>()) {
+            let bytes = message.encode(Origin(origin));
+            prop_assert_eq!(Message::decode(&bytes), Ok((Origin(origin), message)));
+        }
+
+        #[test]
+        fn what_decodes_is_what_would_be_sent(
+            message in message(), cut in any::<prop::sample::Index>(), changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+            tail in vec(any::<u8>(), 0..8)
+        ) {
+            let mut bytes = message.encode(Origin(7));
+            for (at, byte) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            bytes.extend_from_slice(&tail);
+            bytes.truncate(cut.index(bytes.len() * 3));
+            if let Ok((origin, message)) = Message::decode(&bytes) {
+                prop_assert_eq!(message.encode(origin), bytes);
+            }
+        }
+
+        #[test]
+        fn a_message_that_was_cut_short_before_its_names_end_is_foreign(message in message(), cut in 0..HEAD_BYTES + 1) {
+            let bytes = message.encode(Origin(7));
+            prop_assert_eq!(Message::decode(&bytes[..cut]), Err(Foreign));
+        }
+
+        #[test]
+        fn any_bytes_are_a_message_or_foreign(bytes in vec(any::<u8>(), 0..64)) {
+            if let Ok((origin, message)) = Message::decode(&bytes) {
+                prop_assert_eq!(message.encode(origin), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_gateway_sends_is_foreign() {
+        let bytes = |kind: u8, version: i64, names: &str| {
+            let mut bytes = vec![0; 8];
+            bytes.push(kind);
+            bytes.extend_from_slice(&version.to_be_bytes());
+            bytes.extend_from_slice(names.as_bytes());
+            bytes
+        };
+        let long = format!("orders\0{}", "k".repeat(KEY_BYTES_MAX + 1));
+        for (kind, version, names) in [
+            (0, 0, "\0"),
+            (6, 0, "\0"),
+            (WRITTEN, 0, "orders\0k"),
+            (DROPPED, -1, "orders\0k"),
+            (INVALIDATED, 1, "orders\0k"),
+            (INVALIDATED_PREFIX, 1, "orders\0k"),
+            (EPOCH_MOVED, 1, "\0"),
+            (EPOCH_MOVED, 0, "orders\0k"),
+            (EPOCH_MOVED, 0, ""),
+            (WRITTEN, 1, "orders"),
+            (WRITTEN, 1, "orders\0"),
+            (WRITTEN, 1, "Orders\0k"),
+            (WRITTEN, 1, &long),
+            (INVALIDATED, 0, "orders\0a\0b"),
+            (INVALIDATED_PREFIX, 0, "\0k"),
+            (INVALIDATED_PREFIX, 0, "orders\0a\0b"),
+            (INVALIDATED_PREFIX, 0, &long),
+        ] {
+            let bytes = bytes(kind, version, names);
+            assert_eq!(Message::decode(&bytes), Err(Foreign), "{kind} {version} {names:?}");
+        }
+    }
+}

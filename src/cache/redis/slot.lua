@@ -1,0 +1,146 @@
+-- The slot of a key. It holds an entry (or a known absence), a token, or both, as src/cache/layout.rs lays it out; all of its changes
+-- are made here. Versions are compared as two unsigned halves: Lua's numbers are doubles, and the order of its strings depends on the
+-- locale. What is not laid out so is not ours, and makes room.
+--
+-- KEYS[1]  the slot
+-- ARGV[1]  what to do; the others are told where it is done
+local slot, act = KEYS[1], ARGV[1]
+local NONE, ABSENT = string.rep('\0', 8), 4
+local TOKEN_MS = 10000
+
+local head = redis.call('GETRANGE', slot, 0, 49)
+local ours = #head == 50 and string.byte(head, 9) == 0xD2 and string.byte(head, 1) < 128
+local standing, absent, token, token_until = false, false, NONE, 0
+if ours then
+  if string.sub(head, 1, 8) ~= NONE then standing = string.sub(head, 1, 8) end
+  absent = not standing and math.floor(string.byte(head, 10) / ABSENT) % 2 == 1
+  token = string.sub(head, 35, 42)
+  token_until = struct.unpack('>I8', string.sub(head, 43, 50))
+end
+
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- Below 0 where version a is lower than b, above 0 where it is higher.
+local function compare(a, b)
+  local a_high, a_low = struct.unpack('>I4I4', a)
+  local b_high, b_low = struct.unpack('>I4I4', b)
+  if a_high ~= b_high then return a_high - b_high end
+  return a_low - b_low
+end
+
+-- Leaves a token. What stands stays, and goes when it would have gone.
+local function leave(given)
+  local ending = struct.pack('>I8', now() + TOKEN_MS)
+  if standing or absent then
+    redis.call('SETRANGE', slot, 34, given .. ending)
+  else
+    -- A header of nothing but the token.
+    local empty = NONE .. string.char(0xD2, 0) .. string.rep('\0', 24)
+    redis.call('SET', slot, empty .. given .. ending, 'PX', TOKEN_MS)
+  end
+end
+
+-- Takes the token away.
+local function clear()
+  if standing or absent then
+    if token ~= NONE then redis.call('SETRANGE', slot, 34, NONE .. NONE) end
+  else
+    redis.call('UNLINK', slot)
+  end
+end
+
+-- Puts a value in the place of all that stands. Whether Redis had room; where not, what is older does not go on answering.
+local function put(value, kept)
+  local set = redis.pcall('SET', slot, value, 'PX', kept)
+  if set.err then
+    redis.call('UNLINK', slot)
+    return false
+  end
+  return true
+end
+
+-- claim TOKEN: the token of a load, unless another's stands that has not ended. Answers 1 or 0, whether it stands now, and what else does.
+if act == 'claim' then
+  local mine = token == NONE or token_until <= now()
+  if mine then leave(ARGV[2]) end
+  if standing or absent then return (mine and '1' or '0') .. redis.call('GET', slot) end
+  return mine and '1' or '0'
+end
+
+-- enter TOKEN: the token of a write. One that stands is shared, for nothing has come between since it was left. Answers with the
+-- version that stands, or eight zeros, and the token.
+if act == 'enter' then
+  if token == NONE then token = ARGV[2] end
+  leave(token)
+  return (standing or NONE) .. token
+end
+
+-- release TOKEN: its load will not land.
+if act == 'release' then
+  if token == ARGV[2] then clear() end
+  return ''
+end
+
+-- load TOKEN VALUE KEPT: what a load found in the store lands where its token stands, but for an absence over an entry, which may be
+-- pending elsewhere. Answers 1 or 0, whether it stands now.
+if act == 'load' then
+  if token == NONE or token ~= ARGV[2] then return '0' end
+  local given = string.sub(ARGV[3], 1, 8)
+  if standing and (given == NONE or compare(standing, given) > 0) then
+    clear()
+    return '0'
+  end
+  return put(ARGV[3], ARGV[4]) and '1' or '0'
+end
+
+-- All below are told to the other replicas: ARGV[2] is their channel, ARGV[3] the message.
+
+-- write CHANNEL MESSAGE TOKEN STAMPED VALUE KEPT: an entry lands over an older one and over an absence, or where its token stands. With
+-- STAMPED, a time, it is accepted and not in the store: then it may also enter an empty slot up to ten seconds after; later it is
+-- not taken, and nothing is told, for it will come again. Whatever is older goes in any case. Answers with the version that stands;
+-- eight zeros for none; L: it came too late; F: there is no room.
+if act == 'write' then
+  local tokened = token ~= NONE and token == ARGV[4]
+  local given = string.sub(ARGV[6], 1, 8)
+  local answer = NONE
+  if standing and compare(standing, given) > 0 then
+    answer = standing
+  elseif standing or tokened or (absent and ARGV[5] == '') then
+    answer = put(ARGV[6], ARGV[7]) and given or 'F'
+  elseif ARGV[5] ~= '' then
+    if now() - tonumber(ARGV[5]) > TOKEN_MS then return 'L' end
+    answer = put(ARGV[6], ARGV[7]) and given or 'F'
+  elseif #head > 0 then
+    redis.call('UNLINK', slot)
+  end
+  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  return answer
+end
+
+-- drop CHANNEL MESSAGE VERSION: that version goes, for the store did not take it; and the token, for whose load may have found it.
+-- Answers 1 or 0, whether it stood.
+if act == 'drop' then
+  local stood = standing == ARGV[4]
+  if stood then redis.call('UNLINK', slot) elseif ours then clear() end
+  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  return stood and '1' or '0'
+end
+
+-- purge CHANNEL MESSAGE VERSION: what is older than the version goes, a known absence and the token with it.
+if act == 'purge' then
+  if standing and compare(standing, ARGV[4]) >= 0 then clear() else redis.call('UNLINK', slot) end
+  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  return ''
+end
+
+-- invalidate CHANNEL MESSAGE: all goes. Answers 1 or 0, whether a copy stood.
+if act == 'invalidate' then
+  redis.call('UNLINK', slot)
+  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  return (standing or absent) and '1' or '0'
+end
+
+return redis.error_reply('ERR unknown act')

@@ -1,0 +1,247 @@
+//! The epoch of the copies in Redis: adopted as the control row says, and moved where those copies cannot be trusted.
+//!
+//! Owns what a moved epoch means for the tiers, and the reasons to move it: another server or another run of it answers (its content may be
+//! old), it was emptied (what is pending is not in it any more), or writes could not be published for some time (what others read there is
+//! old). While the store was never asked, as by a gateway that starts in its outage, what other gateways posted in Redis is gone by.
+//!
+//! Does not own the row (the store) nor the repair of single keys (`mend`). Invariant: an epoch is gone by before the copies of the
+//! one before are dropped, so that nothing read under the old one lands after that.
+
+use std::{collections::HashMap, sync::atomic::Ordering, time::Duration};
+
+use tokio::{task::JoinError, time::sleep};
+
+use super::{Gateway, died};
+use crate::{
+    cache::{
+        epochs::{Adopted, NamespaceEpoch},
+        memory::Memory,
+        message::Message,
+        redis::RedisCache,
+    },
+    error::{Error, ErrorKind},
+    model::{Epoch, Timestamp, Version},
+    store::{
+        Session, Store,
+        control::{Control, Follower, Known},
+    },
+};
+
+/// For how long after its move nobody reads or fills copies of an epoch: by then every replica that reaches the store goes by it, and no
+/// write is published under the old one alone.
+const SETTLING: Duration = Duration::from_secs(3);
+
+/// For how long the sentinel of a new epoch may be missing: whoever moved it may not have reached Redis.
+const SENTINEL_LATE: Duration = Duration::from_secs(10);
+
+/// How long a write may wait to be published before the epoch moves.
+const UNPUBLISHED_MAX: Duration = Duration::from_secs(4);
+
+/// Between two looks at Redis: while it is the one for which the epoch holds, and while that is to be found out or mended.
+const INTERVAL: Duration = Duration::from_secs(1);
+const INTERVAL_UNSETTLED: Duration = Duration::from_millis(50);
+
+impl Gateway {
+    /// Goes by what the control row says. Ends when nobody looks at it any more.
+    pub async fn follow_control(self, mut control: Follower) {
+        loop {
+            let known = control.borrow_and_update().clone();
+            if let Some(known) = known
+                && self.adopt(&known).await.is_err()
+            {
+                return;
+            }
+            if control.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// An error: L1 could not be cleared.
+    async fn adopt(&self, known: &Known) -> Result<(), JoinError> {
+        let (parts, sharing) = (self.parts(), &self.parts().sharing);
+        let now = parts.clock.now();
+        let horizon = known.control.gc_horizon.map_or(0, Version::get);
+        sharing.horizon.fetch_max(horizon, Ordering::Relaxed);
+        let next = adopted(&known.control, now);
+        match sharing.epochs.adopted() {
+            Some(current) if current.epoch == next.epoch => {
+                let moved: Vec<String> = next
+                    .namespaces
+                    .iter()
+                    .filter(|(name, own)| current.namespaces.get(*name).map(|own| own.epoch) != Some(own.epoch))
+                    .map(|(name, _)| name.clone())
+                    .collect();
+                if !moved.is_empty() || current.server != next.server {
+                    sharing.epochs.adopt(next);
+                }
+                if !moved.is_empty() {
+                    let is_moved = |namespace: &str| moved.iter().any(|moved| moved == namespace);
+                    parts.flights.detach_where(|key| is_moved(key.namespace()));
+                    self.in_memory(move |memory| {
+                        memory.invalidate_where(|key| moved.iter().any(|moved| moved == key.namespace()));
+                    })
+                    .await?;
+                    sharing.renewal.notify_one();
+                }
+            }
+            current => {
+                sharing.epochs.adopt(next);
+                if current.is_some() {
+                    // Under the new one nothing lies that this replica could have failed to tell of.
+                    sharing.repairs.forget();
+                    parts.flights.detach_all();
+                    self.in_memory(Memory::drop_all).await?;
+                }
+                sharing.renewal.notify_one();
+            }
+        }
+        let took = i64::try_from(known.asked_at.elapsed().as_millis()).unwrap_or(i64::MAX);
+        sharing.asked(Timestamp(now.0.saturating_sub(took)));
+        Ok(())
+    }
+
+    /// Looks at Redis each second, and moves the epoch when its copies cannot be trusted. For ever.
+    pub async fn watch_redis(self, store: Store) {
+        let Some(redis) = &self.inner.redis else {
+            return std::future::pending().await;
+        };
+        let mut session = store.session();
+        // The epoch whose sentinel was there.
+        let mut seen = None;
+        loop {
+            match self.parts().sharing.epochs.adopted() {
+                Some(adopted) => self.look_at_redis(redis, &adopted, &mut seen, &mut session).await,
+                None => self.adopt_posted(redis).await,
+            }
+            let settled = redis.is_usable();
+            sleep(if settled { INTERVAL } else { INTERVAL_UNSETTLED }).await;
+        }
+    }
+
+    /// Goes by what other gateways posted, until the store says more.
+    async fn adopt_posted(&self, redis: &RedisCache) {
+        let now = self.parts().clock.now();
+        let Ok(Some(posted)) = redis.notice(now).await else {
+            return;
+        };
+        let sharing = &self.parts().sharing;
+        // The store may have answered meanwhile, and knows better.
+        if sharing.epochs.adopt_first(posted) {
+            tracing::info!("the store is not there to say which epoch holds; going by what other gateways posted in Redis");
+            sharing.renewal.notify_one();
+        }
+    }
+
+    async fn look_at_redis(
+        &self,
+        redis: &RedisCache,
+        adopted: &Adopted,
+        seen: &mut Option<Epoch>,
+        session: &mut Session,
+    ) {
+        let now = self.parts().clock.now();
+        let answering = redis.server();
+        let unpublished = self.parts().sharing.repairs.since();
+        let why = match (&answering, &adopted.server) {
+            _ if unpublished.is_some_and(|(since, many)| many || now.since(since) >= UNPUBLISHED_MAX) => {
+                "writes could not be published"
+            }
+            (None, _) => return,
+            (Some(server), None) => {
+                // Nobody has used this epoch with any Redis yet.
+                if redis.set_sentinel(adopted.epoch).await.is_ok() {
+                    let claimed = session.move_epoch(adopted.epoch, adopted.epoch, Some(&**server)).await;
+                    self.moved(claimed.is_ok());
+                }
+                return;
+            }
+            (Some(server), Some(known)) if **server != **known => "another Redis answers, or it was restarted",
+            (Some(_), Some(_)) => match redis.has_sentinel(adopted.epoch).await {
+                Ok(true) => {
+                    *seen = Some(adopted.epoch);
+                    if self.parts().sharing.is_known(now) {
+                        // Read only by a start without the store, which does without it.
+                        let _ = redis.post_notice().await;
+                    }
+                    return;
+                }
+                Ok(false) if *seen != Some(adopted.epoch) && now < adopted.readable_from.after(SENTINEL_LATE) => {
+                    // A failure is found again.
+                    let _ = redis.set_sentinel(adopted.epoch).await;
+                    return;
+                }
+                Ok(false) => "Redis was emptied",
+                Err(_) => return,
+            },
+        };
+        let next = Epoch::random();
+        // Before anybody goes by it. Where Redis cannot be reached, another replica sets it.
+        let _ = redis.set_sentinel(next).await;
+        match session.move_epoch(adopted.epoch, next, answering.as_deref()).await {
+            Ok(true) => {
+                tracing::warn!(why, "the copies in Redis are left behind: a new epoch begins");
+                self.parts().metrics.epochs_moved.inc();
+                self.moved(true);
+                // Those who do not hear it look within a second.
+                let _ = redis.announce(Message::EpochMoved).await;
+            }
+            // Somebody else was faster.
+            Ok(false) => self.moved(true),
+            Err(error) => tracing::warn!(why, %error, "a new epoch should begin, and the store does not answer"),
+        }
+    }
+
+    /// Leaves all copies of a namespace behind, on all replicas.
+    ///
+    /// # Errors
+    /// `Unavailable` when the store does not answer: nothing has changed, or all of it will within a second.
+    pub async fn invalidate_namespace(&self, namespace: &str) -> Result<(), Error> {
+        let mut session = self.parts().store.session();
+        let moving = session.move_namespace_epoch(namespace, Epoch::random()).await;
+        moving.map_err(|error| {
+            let message = "the store does not answer, so the namespace may not be invalidated";
+            Error::new(ErrorKind::Unavailable, message).because(error)
+        })?;
+        self.moved(true);
+        self.parts().flights.detach_where(|key| key.namespace() == namespace);
+        let name = namespace.to_owned();
+        let invalidating = self.in_memory(move |memory| {
+            memory.invalidate_where(|key| key.namespace() == name);
+        });
+        invalidating.await.map_err(died)?;
+        if let Some(redis) = &self.inner.redis {
+            // Those who do not hear it look within a second.
+            let _ = redis.announce(Message::EpochMoved).await;
+        }
+        Ok(())
+    }
+
+    /// Has the control row looked at.
+    fn moved(&self, moved: bool) {
+        if moved {
+            self.parts().sharing.control_changed.notify_one();
+        }
+    }
+}
+
+/// What a look at the control row says, at `now` or a moment before.
+fn adopted(control: &Control, now: Timestamp) -> Adopted {
+    let readable_from = |moved_at: Timestamp| now.after(SETTLING.saturating_sub(control.now.since(moved_at)));
+    Adopted {
+        epoch: control.epoch,
+        server: control.cache_server.clone(),
+        readable_from: control.moved_at.map_or(now, readable_from),
+        namespaces: control
+            .namespaces
+            .iter()
+            .map(|(name, moved)| {
+                let own = NamespaceEpoch {
+                    epoch: moved.epoch,
+                    readable_from: readable_from(moved.moved_at),
+                };
+                (name.clone(), own)
+            })
+            .collect::<HashMap<_, _, _>>(),
+    }
+}

@@ -1,0 +1,116 @@
+//! Loads: one for all who miss a key, in the process by its flight and between replicas by the token in Redis; and refresh-ahead.
+//!
+//! Owns what a load asks, where its outcome lands, and when a copy is renewed before it ends. Does not own who may join a load
+//! (`cache::flight`), nor the rule of landing (`cache::memory`, `cache::redis`). Cancellation: a load runs in a task of its own, and
+//! does not end with the caller that leads it.
+
+use std::sync::Arc;
+
+use tokio::{task::JoinHandle, time::Instant};
+
+use super::{Gateway, read::newest_of, shared::Claim};
+use crate::{
+    cache::{
+        Copy, Loaded,
+        flight::Lead,
+        memory::{Landing, Token},
+        needs_refresh,
+    },
+    error::Error,
+    model::{Key, Source, Timestamp},
+};
+
+impl Gateway {
+    /// Loads in a task of its own: those who join do not lose the answer when the caller that leads goes away.
+    pub(super) fn spawn_load(&self, lead: Lead, deadline: Instant) -> JoinHandle<Result<Loaded, Error>> {
+        let gateway = self.clone();
+        self.inner.tasks.spawn(async move {
+            let deadline = deadline.max(Instant::now() + gateway.parts().load_wait);
+            let key = lead.key().clone();
+            let token = gateway.parts().memory.leave_token(&key);
+            // An earlier flight may have landed between this caller's look and its lead.
+            if let Some(loaded) = gateway.look_in_memory(&key, gateway.parts().clock.now()) {
+                lead.end(Ok(loaded.clone()));
+                return Ok(loaded);
+            }
+            let outcome = gateway.get_shared(&key, deadline).await;
+            gateway.land(lead, token, outcome)
+        })
+    }
+
+    /// Renews a copy in the background when little of its lifetime is left: once, and only so many at a time.
+    pub(super) fn refresh_if_due(&self, key: &Key, copy: &Copy, now: Timestamp) {
+        let parts = self.parts();
+        let settings = parts.namespaces.get(key.namespace());
+        let whole = settings.lifetime_of(copy.entry.as_ref().is_some_and(|entry| entry.is_live(now)));
+        let threshold = settings.refresh_threshold;
+        if !needs_refresh(copy, now, whole, threshold) {
+            return;
+        }
+        let Some(lead) = parts.flights.try_lead(key) else {
+            return;
+        };
+        let Ok(permit) = Arc::clone(&parts.refreshes.0).try_acquire_owned() else {
+            parts.metrics.refreshes_skipped.inc();
+            return;
+        };
+        parts.metrics.refreshes.inc();
+        self.inner.counters.namespaces.refresh(key.namespace());
+        let token = parts.memory.leave_token(key);
+        let gateway = self.clone();
+        self.inner.tasks.spawn(async move {
+            let deadline = Instant::now() + gateway.parts().load_wait;
+            // Redis may hold a copy as old as ours: then only the store makes it new.
+            let now = gateway.parts().clock.now();
+            let wanted = |copy: &Copy| !needs_refresh(copy, now, whole, threshold);
+            let outcome = gateway.reload(lead.key(), None, wanted, deadline).await;
+            // A failure leaves the copy as it was, and the next read tries again; whoever joined is told.
+            let _ = gateway.land(lead, token, outcome);
+            drop(permit);
+        });
+    }
+
+    /// Asks the store for a key, unless another replica does already and its answer, if it is `wanted`, comes in time. Overlaid with what
+    /// stands above the store; what the store said lands in Redis.
+    pub(super) async fn reload(
+        &self,
+        key: &Key,
+        above: Option<Loaded>,
+        wanted: impl Fn(&Copy) -> bool,
+        deadline: Instant,
+    ) -> Result<Loaded, Error> {
+        match self.claim(key, wanted).await {
+            Claim::Found(found) => Ok(newest_of(self.look_in_pending(key), Some(found.clone())).unwrap_or(found)),
+            Claim::Load { token, above: shared } => {
+                let above = newest_of(above, shared);
+                let loaded = self.get_stored(key, above, deadline).await?;
+                if let Some(token) = token {
+                    token.fill(&loaded);
+                }
+                Ok(loaded)
+            }
+        }
+    }
+
+    /// Ends a load: L1 gets the copy unless a write came since, and those who joined get the answer.
+    fn land(&self, lead: Lead, token: Token, outcome: Result<Loaded, Error>) -> Result<Loaded, Error> {
+        let now = self.parts().clock.now();
+        let outcome = outcome.map(|loaded| land_in_memory(token, loaded, now));
+        lead.end(outcome.clone());
+        outcome
+    }
+}
+
+/// Offers what was found to L1. The answer: that, or what L1 keeps instead, if it may still answer.
+fn land_in_memory(token: Token, loaded: Loaded, now: Timestamp) -> Loaded {
+    match token.land_load(loaded.copy.clone()) {
+        Landing::Refused {
+            standing: Some(standing),
+        } if standing.is_fresh(now) => Loaded {
+            copy: standing,
+            source: Source::L1,
+            stale: false,
+        },
+        Landing::Landed | Landing::Renewed | Landing::Refused { .. } => loaded,
+    }
+}

@@ -1,0 +1,153 @@
+//! What Redis has yet to be told: writes whose publishing failed, and pending writes whose copies there end or were left behind.
+//!
+//! Owns when and in which order it is told. Does not own which writes those are (`repairs`, the queue). Invariant: a pending write enters an
+//! empty slot only after the store was asked since its token was left: something newer may have stood there and be in the store by now.
+
+use std::{future::Future, time::Duration};
+
+use tokio::{
+    select,
+    task::JoinSet,
+    time::{Instant, interval, sleep},
+};
+
+use super::Gateway;
+use crate::{
+    cache::redis::{Hold, KEPT_MIN, RedisFailure},
+    model::{Key, Version, Write},
+    queue::PendingEntry,
+};
+
+/// Between two tries to repair.
+const REPAIR_INTERVAL: Duration = Duration::from_millis(100);
+/// How many keys are told of at a time: more would compete with the calls.
+const AT_A_TIME: usize = 64;
+/// How long a write may be pending before its copy in Redis is renewed, and between two renewals: a third of the least that it is kept.
+const RENEWAL: Duration = Duration::from_secs(20);
+/// Between the two renewals that follow a new epoch: the second catches what was on its way during the first.
+const SECOND_RENEWAL: Duration = Duration::from_secs(2);
+/// How many pending writes are renewed at most in one go, the oldest or not.
+const RENEWED_MAX: usize = 100_000;
+
+impl Gateway {
+    /// Tells Redis what it was not told. For ever.
+    pub async fn mend(self) {
+        loop {
+            sleep(REPAIR_INTERVAL).await;
+            let repairs = &self.parts().sharing.repairs;
+            if repairs.is_empty() || self.redis_is_up() != Some(true) {
+                continue;
+            }
+            let some = repairs.some(AT_A_TIME);
+            at_a_time(some, |(key, version)| {
+                let gateway = self.clone();
+                async move { gateway.repair(&key, version).await }
+            })
+            .await;
+        }
+    }
+
+    /// Renews the copies of writes that are pending for long, and publishes all that are pending anew under a new epoch. For ever.
+    pub async fn renew(self) {
+        let mut ticks = interval(RENEWAL);
+        loop {
+            let long_ago = select! {
+                _ = ticks.tick() => RENEWAL,
+                () = self.parts().sharing.renewal.notified() => {
+                    self.renew_pending(Duration::ZERO).await;
+                    sleep(SECOND_RENEWAL).await;
+                    Duration::ZERO
+                }
+            };
+            self.renew_pending(long_ago).await;
+        }
+    }
+
+    /// Publishes what has been pending for `long_ago`.
+    async fn renew_pending(&self, long_ago: Duration) {
+        if self.redis_is_up() != Some(true) {
+            return;
+        }
+        let keys = self.parts().queue.pending_for(long_ago, RENEWED_MAX);
+        at_a_time(keys, |key| {
+            let gateway = self.clone();
+            // A failure leaves it to the next renewal.
+            async move { drop(gateway.republish(&key).await) }
+        })
+        .await;
+    }
+
+    /// Publishes what is pending of a key again, which somebody has removed from Redis.
+    pub(super) fn republish_later(&self, key: Key) {
+        if self.parts().queue.pending(&key).is_some() {
+            let gateway = self.clone();
+            // A failure leaves it to the next renewal.
+            self.inner.tasks.spawn(async move { drop(gateway.republish(&key).await) });
+        }
+    }
+
+    async fn repair(&self, key: &Key, version: Version) {
+        let Some(redis) = &self.inner.redis else {
+            return;
+        };
+        let mended = match self.parts().queue.pending(key) {
+            Some(_) => self.republish(key).await,
+            None => redis.purge(key, version).await,
+        };
+        if mended.is_ok() {
+            self.parts().sharing.repairs.done(key, version);
+        }
+    }
+
+    /// Publishes what is pending of a key, unless something newer stands: nothing older does afterwards.
+    ///
+    /// # Errors
+    /// Redis was not told, and something older may stand there.
+    pub(super) async fn republish(&self, key: &Key) -> Result<(), RedisFailure> {
+        let parts = self.parts();
+        let (Some(redis), Some(PendingEntry { entry, unconfirmed })) = (&self.inner.redis, parts.queue.pending(key))
+        else {
+            return Ok(());
+        };
+        let entered = redis.enter(key).await?;
+        if entered.standing > Some(entry.version) {
+            return Ok(());
+        }
+        let version = entry.version;
+        let mut hold = Hold::Nothing;
+        if entered.standing < Some(version) {
+            match parts.loads.load(key, Instant::now() + parts.load_wait).await {
+                Ok(stored) if stored.as_ref().map(|stored| stored.version) >= Some(version) => {
+                    return redis.purge(key, version).await;
+                }
+                Ok(_) => hold = Hold::Token(entered.token),
+                // What is older goes all the same.
+                Err(_) => {}
+            }
+        }
+        if unconfirmed {
+            return redis.purge(key, version).await;
+        }
+        let copy = self.copy_of(key, Some(entry.clone()), parts.clock.now());
+        let write = Write {
+            key: key.clone(),
+            entry,
+        };
+        redis.publish(&write, &copy, hold, KEPT_MIN).await.map(drop)
+    }
+}
+
+/// Does `work` on every item, on [`AT_A_TIME`] of them at a time.
+async fn at_a_time<T, F>(items: Vec<T>, work: impl Fn(T) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut under_way = JoinSet::new();
+    for item in items {
+        if under_way.len() >= AT_A_TIME {
+            under_way.join_next().await;
+        }
+        under_way.spawn(work(item));
+    }
+    while under_way.join_next().await.is_some() {}
+}

@@ -1,0 +1,187 @@
+//! What the replicas share, as reads and writes use it: copies in Redis, tokens that say who loads, and writes that are published.
+//!
+//! Owns when Redis is asked, how long a load of another replica is waited for, what lands there, and that a write of which Redis could not
+//! be told is remembered. Does not own the slots (`cache::redis`) nor the repair (`mend`). Cancellation: dropped at any await, a token
+//! that was left is given back.
+
+use std::{
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep};
+
+use super::Gateway;
+use crate::{
+    cache::{
+        Copy, Loaded,
+        redis::{Entered, Hold, Published, RedisCache, SlotToken},
+    },
+    model::{Key, Source, Version, Write},
+};
+
+/// Between two looks at whether another's load has landed: first, and at most.
+const LOOK_FIRST: Duration = Duration::from_millis(2);
+const LOOK_MAX: Duration = Duration::from_millis(20);
+
+/// What a read that missed is to do.
+pub(super) enum Claim {
+    /// Answer with what another replica has put there meanwhile.
+    Found(Loaded),
+    /// Ask the store, then land what it says with the token, if there is one.
+    Load {
+        token: Option<FillToken>,
+        /// What stands in Redis, and does not answer by itself.
+        above: Option<Loaded>,
+    },
+}
+
+/// The duty to fill a key's slot in Redis, or to give the token back: dropped, it does.
+pub(super) struct FillToken {
+    gateway: Gateway,
+    key: Key,
+    token: Option<SlotToken>,
+}
+
+impl FillToken {
+    /// Offers what a load found to Redis, in the background: only what the store itself said.
+    pub(super) fn fill(mut self, loaded: &Loaded) {
+        let (Source::Store, false) = (loaded.source, loaded.stale) else {
+            return;
+        };
+        let Some(token) = self.token.take() else {
+            return;
+        };
+        let (gateway, key, copy) = (self.gateway.clone(), self.key.clone(), loaded.copy.clone());
+        self.gateway.inner.tasks.spawn(async move {
+            if let Some(redis) = gateway.readable(&key) {
+                // A failure leaves Redis without the copy; the link has counted it.
+                let _ = redis.land_load(&key, token, &copy, Duration::ZERO).await;
+            }
+        });
+    }
+}
+
+impl Drop for FillToken {
+    fn drop(&mut self) {
+        if let Some(token) = self.token.take() {
+            let (gateway, key) = (self.gateway.clone(), self.key.clone());
+            self.gateway.inner.tasks.spawn(async move {
+                if let Some(redis) = &gateway.inner.redis {
+                    // A failure leaves it until it ends.
+                    let _ = redis.release(&key, token).await;
+                }
+            });
+        }
+    }
+}
+
+impl Gateway {
+    /// The newer of what is pending and what Redis holds, which may be past its lifetime.
+    pub(super) async fn look_above_store(&self, key: &Key) -> Option<Loaded> {
+        let pending = self.look_in_pending(key);
+        let shared = match self.readable(key) {
+            // A failure is a miss; the link has counted it.
+            Some(redis) => redis.get(key).await.ok().flatten(),
+            None => None,
+        };
+        let shared = shared.and_then(|copy| self.trusted(key, copy));
+        super::read::newest_of(pending, shared)
+    }
+
+    /// Asks Redis for the load of a key. Where another replica has it, its landing is waited for, for a moment: until what stands is
+    /// `wanted`.
+    pub(super) async fn claim(&self, key: &Key, wanted: impl Fn(&Copy) -> bool) -> Claim {
+        let unclaimed = |above| Claim::Load { token: None, above };
+        let Some(redis) = self.readable(key) else {
+            return unclaimed(None);
+        };
+        let end = Instant::now() + redis.load_wait();
+        let mut pause = LOOK_FIRST;
+        loop {
+            let Ok(claimed) = redis.claim(key).await else {
+                return unclaimed(None);
+            };
+            let token = claimed.token.map(|token| FillToken {
+                gateway: self.clone(),
+                key: key.clone(),
+                token: Some(token),
+            });
+            match claimed.copy.and_then(|copy| self.trusted(key, copy)) {
+                Some(shared) if wanted(&shared.copy) => return Claim::Found(shared),
+                above if token.is_some() || Instant::now() >= end => return Claim::Load { token, above },
+                _ => {}
+            }
+            sleep(pause).await;
+            pause = LOOK_MAX.min(pause * 2);
+        }
+    }
+
+    /// Leaves the token of a write at a key in Redis, and learns what stands. `None`: there is no Redis, or no answer.
+    pub(super) async fn enter_shared(&self, key: &Key) -> Option<Entered> {
+        let entered = self.inner.redis.as_ref()?.enter(key).await.ok()?;
+        if let Some(standing) = entered.standing {
+            self.parts().clock.observe(standing);
+        }
+        Some(entered)
+    }
+
+    /// Offers a write to Redis, and tells the other replicas. What came of it; `None` where there is no Redis, or no answer: then it is
+    /// remembered that something older may stand there.
+    pub(super) async fn publish(&self, write: &Write, copy: &Copy, hold: Hold) -> Option<Published> {
+        let redis = self.inner.redis.as_ref()?;
+        let published = redis.publish(write, copy, hold, Duration::ZERO).await;
+        if published.is_err() {
+            self.remember(&write.key, write.entry.version);
+        }
+        published.ok()
+    }
+
+    /// Remembers that something older than `version` may stand in Redis.
+    pub(super) fn remember(&self, key: &Key, version: Version) {
+        let now = self.parts().clock.now();
+        self.parts().sharing.repairs.add(key, version, now);
+        self.parts().metrics.redis_unpublished.inc();
+    }
+
+    /// Redis, where copies of a key may be read and filled.
+    pub(super) fn readable(&self, key: &Key) -> Option<&RedisCache> {
+        let redis = self.inner.redis.as_ref()?;
+        let now = self.parts().clock.now();
+        self.parts().sharing.is_readable(key.namespace(), now).then_some(redis)
+    }
+
+    /// A copy from Redis as far as this replica can trust it: not below what L1 knows to stand, however old that knowledge is; and not for
+    /// longer than a copy made now, for another replica's clock set its end.
+    fn trusted(&self, key: &Key, mut copy: Copy) -> Option<Loaded> {
+        self.observe(Some(&copy));
+        if copy.version() < self.parts().memory.version(key) {
+            return None;
+        }
+        let now = self.parts().clock.now();
+        let most = self.copy_of(key, copy.entry.clone(), now).fresh_until;
+        copy.fresh_until = copy.fresh_until.min(most);
+        Some(Loaded {
+            copy,
+            source: Source::L2,
+            stale: false,
+        })
+    }
+
+    /// A place in Redis from which a write may have been read that the store did not take.
+    pub(super) async fn withdraw(&self, key: &Key, version: Version) {
+        let Some(redis) = &self.inner.redis else {
+            return;
+        };
+        if redis.drop_version(key, version).await.is_err()
+            && let Some(above) = version.get().checked_add(1).and_then(Version::new)
+        {
+            self.remember(key, above);
+        }
+    }
+
+    /// The highest version up to which a row without a trace may have been collected, if that is known.
+    pub(super) fn horizon(&self) -> Option<Version> {
+        Version::new(self.parts().sharing.horizon.load(Ordering::Relaxed))
+    }
+}
