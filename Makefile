@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: check format lint test crash mutants docs layers proto
+.PHONY: check format lint test crash consistency mutants docs layers proto
 
 check: format layers proto lint docs test
 	@echo "check: all is well"
@@ -21,6 +21,7 @@ test:
 	@ci/deps
 	@$(CARGO) test --quiet --locked --no-fail-fast
 	@KILLS=10 $(CARGO) test --quiet --locked --features planted-faults --test crash
+	@SECONDS_TO_RUN=8 $(CARGO) test --quiet --locked --features planted-faults --test consistency
 	@ci/clients
 
 # Kills the real binary under load and judges what it comes back with: KILLS=1000 for longer, SEED=n to repeat the choices of a run.
@@ -28,6 +29,13 @@ crash:
 	@echo "== crash"
 	@ci/deps
 	@$(CARGO) test --quiet --locked --features planted-faults --test crash
+
+# Breaks networks, Redis, PostgreSQL and gateways under concurrent clients, and judges what those saw: SECONDS_TO_RUN=600 for longer than its
+# three minutes, SEED=n to repeat the choices of a run.
+consistency:
+	@echo "== consistency"
+	@ci/deps
+	@$(CARGO) test --quiet --locked --features planted-faults --test consistency
 
 # Proves that the proofs can fail: plants bugs, each of which a suite must catch.
 mutants:

@@ -18,6 +18,10 @@ pub enum ErrorKind {
     Overloaded,
     /// Try again, or elsewhere: something that the call needs is not there, or the gateway is shutting down.
     Unavailable,
+    /// Try again, or elsewhere: the version that the read asks for cannot be seen here yet.
+    NotVisible,
+    /// Forget the version that the read asks for: it is too far ahead of every clock that can have stamped it.
+    TooNew,
     /// Allow more time.
     Timeout,
     /// Report it: a fault of the gateway.

@@ -94,7 +94,7 @@ impl fmt::Display for Readiness {
         let store = word(self.store);
         writeln!(
             f,
-             "{gateway}\nstore: {store}\ncache: {cache}\ninvalidation: {invalidation}\njournal: {journal}\nclock: {clock}"
+            "{gateway}\nstore: {store}\ncache: {cache}\ninvalidation: {invalidation}\njournal: {journal}\nclock: {clock}"
         )
     }
 }

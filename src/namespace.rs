@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::settings::{DAY, Unfit};
 
+/// The longest grace of a copy: no longer does Redis keep one.
+const STALE_IF_ERROR_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// When a write of unspecified mode is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -67,6 +70,10 @@ pub struct NamespaceSettings {
     /// The share of `cache_lifetime` that, when less of it is left, makes a read renew the copy in the background. Default: 0.2;
     /// 0 turns it off. Higher loads the store more and makes a waiting read rarer.
     pub refresh_threshold: f64,
+    /// For how long after its lifetime a copy of a live record may still answer a read, marked stale, while the store cannot answer. Default:
+    /// 0, never; at most 30 days. Longer lets reads outlive a longer outage, and Redis keeps copies for so much longer, 30 days at most.
+    #[serde(with = "humantime_serde")]
+    pub stale_if_error: Duration,
 }
 
 impl NamespaceSettings {
@@ -80,6 +87,9 @@ impl NamespaceSettings {
         }
         if self.write_delay > DAY {
             return Err(Unfit::new("write_delay", "must be at most a day"));
+        }
+        if self.stale_if_error > STALE_IF_ERROR_MAX {
+            return Err(Unfit::new("stale_if_error", "must be at most 30 days"));
         }
         Ok(())
     }
@@ -104,6 +114,7 @@ impl Default for NamespaceSettings {
             cache_lifetime: Duration::from_secs(300),
             absence_lifetime: Duration::from_secs(5),
             refresh_threshold: 0.2,
+            stale_if_error: Duration::ZERO,
         }
     }
 }

@@ -274,12 +274,7 @@ impl Tasks {
 }
 
 /// What all gateways of the store share, from now on; with a store that answers it is known, and the clocks are compared, when this returns.
-async fn follow_control(
-    store: &Store,
-    clock: &Arc<Clock>,
-    sharing: &Sharing,
-    tasks: &mut Tasks,
-) -> control::Follower {
+async fn follow_control(store: &Store, clock: &Arc<Clock>, sharing: &Sharing, tasks: &mut Tasks) -> control::Follower {
     let wake = Arc::clone(&sharing.control_changed);
     let (mut known, following) = control::follow(store.clone(), Arc::clone(clock), wake, &tasks.stop);
     tasks.add([following]);

@@ -174,7 +174,10 @@ mod tests {
         };
         assert_eq!(place(&adopted(&[]), "orders"), "p:0000000000000007:orders:k:1");
         let moved = adopted(&[("orders", 255)]);
-        assert_eq!(place(&moved, "orders"), "p:0000000000000007:orders+00000000000000ff:k:1");
+        assert_eq!(
+            place(&moved, "orders"),
+            "p:0000000000000007:orders+00000000000000ff:k:1"
+        );
         assert_eq!(place(&moved, "others"), "p:0000000000000007:others:k:1");
         assert_eq!(epochs.sentinel(Epoch(7)), "p:0000000000000007:~");
     }
@@ -192,7 +195,16 @@ mod tests {
         assert_eq!(adopted(&[]).notice(), None);
         let cut = (0..notice.len()).filter_map(|end| Adopted::from_notice(&notice[..end], now));
         assert!(cut.count() < 3, "at a line's end at most");
-        for foreign in ["", "\n", "run\n", "run 0\n", "run -1\n", "run x\n", "run 1\n\n", "run 1\norders\n"] {
+        for foreign in [
+            "",
+            "\n",
+            "run\n",
+            "run 0\n",
+            "run -1\n",
+            "run x\n",
+            "run 1\n\n",
+            "run 1\norders\n",
+        ] {
             assert_eq!(Adopted::from_notice(foreign, now), None, "{foreign:?}");
         }
     }
@@ -206,7 +218,11 @@ mod tests {
             ("others", 9, false),
             ("others", 10, true),
         ] {
-            assert_eq!(moved.is_readable(namespace, Timestamp(at)), readable, "{namespace} {at}");
+            assert_eq!(
+                moved.is_readable(namespace, Timestamp(at)),
+                readable,
+                "{namespace} {at}"
+            );
         }
     }
 }

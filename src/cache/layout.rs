@@ -216,7 +216,11 @@ mod tests {
         }
         assert_eq!(decode_of(|value| value[0] = 0x80), Err(Foreign), "a negative version");
         assert_eq!(decode_of(|value| value[9] = TOMBSTONE), Err(Foreign), "with a value");
-        assert_eq!(decode_of(|value| value[7] = 0), Err(Foreign), "a value without a version");
+        assert_eq!(
+            decode_of(|value| value[7] = 0),
+            Err(Foreign),
+            "a value without a version"
+        );
     }
 
     fn decode_of(change: impl FnOnce(&mut [u8])) -> Result<Option<Copy>, Foreign> {

@@ -128,7 +128,8 @@ impl Memory {
         self.last_known(key, now).filter(|copy| copy.is_fresh(now))
     }
 
-    /// The copy of a key however old, while L1 is on.
+    /// The copy of a key however old, while L1 is on: what is served while the store cannot answer, as far as the gateway lets it. A use of it,
+    /// so that what is read during an outage stays.
     pub fn last_known(&self, key: &Key, now: Timestamp) -> Option<Copy> {
         if !self.is_on(now) {
             return None;

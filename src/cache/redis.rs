@@ -257,7 +257,8 @@ impl RedisCache {
         self.run(key, "release", &[&[&token.0]]).await.map(drop)
     }
 
-    /// Offers what the store said since `token` was left, kept for `kept` beyond its lifetime. Whether it stands now.
+    /// Offers what the store said since `token` was left; a live record is kept for `grace` beyond its lifetime, to answer while the
+    /// store cannot. Whether it stands now.
     ///
     /// Dropped or failed, it may land or not, and either is harmless.
     ///
@@ -268,16 +269,18 @@ impl RedisCache {
         key: &Key,
         token: SlotToken,
         copy: &Copy,
-        kept: Duration,
+        grace: Duration,
     ) -> Result<bool, RedisFailure> {
-        let kept = millis(kept_for(copy).saturating_add(kept));
+        let kept = millis(kept_for(copy, grace));
         let value = copy.entry.as_ref().and_then(|entry| entry.value.as_deref());
         let value: [&[u8]; 2] = [&layout::header(copy), value.unwrap_or_default()];
-        let answer = self.run(key, "load", &[&[&token.0], &value, &[kept.as_bytes()]]).await?;
+        let answer = self
+            .run(key, "load", &[&[&token.0], &value, &[kept.as_bytes()]])
+            .await?;
         Ok(answer == b"1")
     }
 
-    /// Publishes a write, as `copy`, kept for `kept` beyond its lifetime, and tells the other replicas.
+    /// Publishes a write, as `copy`, with a grace as that of a load, and tells the other replicas.
     ///
     /// Dropped or failed, it may take effect or not: what is older may still stand.
     ///
@@ -288,7 +291,7 @@ impl RedisCache {
         write: &Write,
         copy: &Copy,
         hold: Hold,
-        kept: Duration,
+        grace: Duration,
     ) -> Result<Published, RedisFailure> {
         let Write { key, entry } = write;
         let message = self.message(Message::Written {
@@ -304,7 +307,7 @@ impl RedisCache {
             Hold::Fresh => KEPT_MIN,
             Hold::Token(_) | Hold::Nothing => Duration::ZERO,
         };
-        let kept = millis(kept_for(copy).saturating_add(kept).max(least));
+        let kept = millis(kept_for(copy, grace).max(least));
         let value: [&[u8]; 2] = [&layout::header(copy), entry.value.as_deref().unwrap_or_default()];
         let arguments: [&[&[u8]]; 6] = [
             &[self.channel.as_bytes()],
@@ -393,7 +396,12 @@ impl RedisCache {
         let step = async {
             let adopted = self.adopted()?;
             let mut pattern = Vec::new();
-            for byte in self.epochs.namespace_place(&adopted, namespace, 0).iter().chain(prefix.as_bytes()) {
+            for byte in self
+                .epochs
+                .namespace_place(&adopted, namespace, 0)
+                .iter()
+                .chain(prefix.as_bytes())
+            {
                 if matches!(byte, b'*' | b'?' | b'[' | b']' | b'\\') {
                     pattern.push(b'\\');
                 }
@@ -523,7 +531,9 @@ impl RedisCache {
         let standing = self.link_to(&adopted)?;
         let mut command = Cmd::new();
         command.arg("PUBLISH");
-        command.arg(channel::beats(&self.config.prefix, self.origin)).arg(number);
+        command
+            .arg(channel::beats(&self.config.prefix, self.origin))
+            .arg(number);
         self.tell_over(standing, &command).await
     }
 
@@ -533,7 +543,11 @@ impl RedisCache {
         let run = async {
             let adopted = self.adopted()?;
             let slot = self.epochs.place(&adopted, key);
-            let bytes: usize = arguments.iter().flat_map(|parts| parts.iter()).map(|part| part.len()).sum();
+            let bytes: usize = arguments
+                .iter()
+                .flat_map(|parts| parts.iter())
+                .map(|part| part.len())
+                .sum();
             let command = |how: &str, script: &str| {
                 let mut command = Cmd::with_capacity(5 + arguments.len(), script.len() + slot.len() + bytes + 32);
                 command.arg(how).arg(script).arg(1).arg(&slot).arg(act);
@@ -625,23 +639,26 @@ fn millis(kept: Duration) -> String {
     kept.clamp(Duration::from_millis(1), KEPT_MAX).as_millis().to_string()
 }
 
-/// How long Redis keeps a copy. A live record: its lifetime; an absence, too. An entry that will have expired by then, and a tombstone: until
-/// it has refused late writes for [`KEPT_MIN`], for the older record would live again if it landed in the emptied slot.
-fn kept_for(copy: &Copy) -> Duration {
+/// How long Redis keeps a copy. A live record: its lifetime, and `grace`; an absence: its lifetime. An entry that will have expired by then, and
+/// a tombstone: until it has refused late writes for [`KEPT_MIN`], for the older record would live again if it landed in the emptied slot.
+fn kept_for(copy: &Copy, grace: Duration) -> Duration {
     let (now, lifetime): (Timestamp, Duration) = (copy.loaded_at, copy.lifetime());
+    let useful = lifetime.saturating_add(grace);
     match &copy.entry {
         None => lifetime,
         Some(Entry { value: None, .. }) => lifetime.max(KEPT_MIN),
         Some(Entry {
             expires_at: Some(at), ..
-        }) if at.since(now) < lifetime => at.since(now) + KEPT_MIN,
-        Some(_) => lifetime,
+        }) if at.since(now) < useful => at.since(now) + KEPT_MIN,
+        Some(_) => useful,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LONG: Duration = Duration::from_secs(3600);
 
     #[test]
     fn what_refuses_late_writes_is_kept_long_enough() {
@@ -652,7 +669,11 @@ mod tests {
                 value: value.map(Bytes::from_static),
                 expires_at: expires_in.map(|secs| NOW.after(Duration::from_secs(secs))),
             };
-            kept_for(&Copy::new(Some(entry), NOW, Duration::from_secs(lifetime))).as_secs()
+            kept_for(
+                &Copy::new(Some(entry), NOW, Duration::from_secs(lifetime)),
+                Duration::ZERO,
+            )
+            .as_secs()
         };
         let live: Option<&[u8]> = Some(b"v");
         assert_eq!(kept(live, None, 300), 300);
@@ -661,8 +682,27 @@ mod tests {
         assert_eq!(kept(live, Some(0), 5), 60);
         assert_eq!(kept(None, None, 5), 60);
         assert_eq!(kept(None, None, 300), 300);
-        assert_eq!(kept_for(&Copy::new(None, NOW, Duration::from_secs(5))).as_secs(), 5);
+        assert_eq!(
+            kept_for(&Copy::new(None, NOW, Duration::from_secs(5)), LONG).as_secs(),
+            5
+        );
         assert_eq!(millis(Duration::MAX), KEPT_MAX.as_millis().to_string());
         assert_eq!(millis(Duration::ZERO), "1");
+    }
+
+    #[test]
+    fn a_grace_lengthens_the_life_of_live_records_alone() {
+        const NOW: Timestamp = Timestamp(1_000_000);
+        let kept = |value: Option<&'static [u8]>, expires_in: Option<u64>| {
+            let entry = Entry {
+                version: Version::new(1).expect("positive"),
+                value: value.map(Bytes::from_static),
+                expires_at: expires_in.map(|secs| NOW.after(Duration::from_secs(secs))),
+            };
+            kept_for(&Copy::new(Some(entry), NOW, Duration::from_secs(300)), LONG).as_secs()
+        };
+        assert_eq!(kept(Some(b"v"), None), 3900);
+        assert_eq!(kept(Some(b"v"), Some(1_000)), 1_060, "no record outlives itself");
+        assert_eq!(kept(None, None), 300);
     }
 }

@@ -488,6 +488,21 @@ mod tests {
         assert!(refused("\n[rpc]\ndeadline_max = '900000days'").contains(":3:"));
         assert!(refused("[redis]\ntimeout = '0s'").contains(":2:"));
         assert!(refused("[namespaces.'a.b']\nrefresh_threshold = 2").contains(":2:"));
+        assert!(refused("[namespace_defaults]\nstale_if_error = '31days'").contains(":2:"));
+        assert!(refused("[namespaces.a]\nstale_if_error = '31days'").contains("30 days"));
+    }
+
+    #[test]
+    fn a_grace_is_off_unless_set_and_is_inherited() {
+        let days = |days: u64| Duration::from_secs(days * 24 * 3600);
+        let grace = |text: &str| {
+            let config = load(text, &[], Flags::default()).expect("valid");
+            config.namespaces().get("orders").stale_if_error
+        };
+        assert_eq!(grace(""), Duration::ZERO);
+        assert_eq!(grace("[namespace_defaults]\nstale_if_error = '30days'"), days(30));
+        let text = "[namespace_defaults]\nstale_if_error = '1h'\n[namespaces.orders]\nstale_if_error = '1day'";
+        assert_eq!(grace(text), days(1));
     }
 
     #[test]

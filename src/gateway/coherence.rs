@@ -5,8 +5,8 @@
 //! Invariants:
 //! - L1 answers only while a beat was heard that was sent less than [`TRUST`] ago. Messages and beats are heard in one order and heeded in it,
 //!   so all that was told before that beat has been heeded; and trust ends by itself, also of a process that was paused.
-//! - When messages may have been missed, L1 is off and empty before anything else is heard, and the loads under way are joined by nobody and
-//!   land nowhere. They are detached once more before L1 is on again, for those who read meanwhile led loads too.
+//! - When messages may have been missed, L1 is off and empty before anything else is heard; the loads under way land nowhere. They are joined
+//!   by nobody: not while L1 is off, for then each read leads its own, nor later, for they are detached before it is on again.
 //! - A message does to the caches what a write of this replica does: it detaches the key's load first, and then L1's copy and token go.
 
 use std::{sync::Arc, time::Duration};
@@ -89,7 +89,7 @@ impl Gateway {
         let parts = self.parts();
         let now = parts.clock.now();
         if !parts.memory.is_on(now) {
-            // Nobody joins a load that began while messages may have been missed.
+            // Nobody joins a load from before, or from a time of which messages may have been missed.
             parts.flights.detach_all();
         }
         // Rounded against us.
@@ -102,9 +102,7 @@ impl Gateway {
 
     /// Turns L1 off, and forgets all that messages may have been missed about.
     pub(super) async fn distrust(&self) -> Result<(), JoinError> {
-        let parts = self.parts();
-        parts.memory.gate();
-        parts.flights.detach_all();
+        self.parts().memory.gate();
         self.in_memory(Memory::drop_all).await
     }
 

@@ -128,7 +128,9 @@ impl Gateway {
         let sharing = &self.parts().sharing;
         // The store may have answered meanwhile, and knows better.
         if sharing.epochs.adopt_first(posted) {
-            tracing::info!("the store is not there to say which epoch holds; going by what other gateways posted in Redis");
+            tracing::info!(
+                "the store is not there to say which epoch holds; going by what other gateways posted in Redis"
+            );
             sharing.renewal.notify_one();
         }
     }

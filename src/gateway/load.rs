@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tokio::{task::JoinHandle, time::Instant};
 
-use super::{Gateway, read::newest_of, shared::Claim};
+use super::{Gateway, freshness::Demand, read::newest_of, shared::Claim};
 use crate::{
     cache::{
         Copy, Loaded,
@@ -22,18 +22,25 @@ use crate::{
 
 impl Gateway {
     /// Loads in a task of its own: those who join do not lose the answer when the caller that leads goes away.
-    pub(super) fn spawn_load(&self, lead: Lead, deadline: Instant) -> JoinHandle<Result<Loaded, Error>> {
+    pub(super) fn spawn_load(
+        &self,
+        lead: Lead,
+        demand: Demand,
+        deadline: Instant,
+    ) -> JoinHandle<Result<Loaded, Error>> {
         let gateway = self.clone();
         self.inner.tasks.spawn(async move {
             let deadline = deadline.max(Instant::now() + gateway.parts().load_wait);
             let key = lead.key().clone();
             let token = gateway.parts().memory.leave_token(&key);
             // An earlier flight may have landed between this caller's look and its lead.
-            if let Some(loaded) = gateway.look_in_memory(&key, gateway.parts().clock.now()) {
+            let now = gateway.parts().clock.now();
+            let landed = gateway.look_in_memory(&key, now);
+            if let Some(loaded) = landed.filter(|loaded| demand.met_by(loaded, now)) {
                 lead.end(Ok(loaded.clone()));
                 return Ok(loaded);
             }
-            let outcome = gateway.get_shared(&key, deadline).await;
+            let outcome = gateway.get_shared(&key, demand, deadline).await;
             gateway.land(lead, token, outcome)
         })
     }
@@ -61,8 +68,7 @@ impl Gateway {
         self.inner.tasks.spawn(async move {
             let deadline = Instant::now() + gateway.parts().load_wait;
             // Redis may hold a copy as old as ours: then only the store makes it new.
-            let now = gateway.parts().clock.now();
-            let wanted = |copy: &Copy| !needs_refresh(copy, now, whole, threshold);
+            let wanted = |found: &Loaded, now| !needs_refresh(&found.copy, now, whole, threshold);
             let outcome = gateway.reload(lead.key(), None, wanted, deadline).await;
             // A failure leaves the copy as it was, and the next read tries again; whoever joined is told.
             let _ = gateway.land(lead, token, outcome);
@@ -76,7 +82,7 @@ impl Gateway {
         &self,
         key: &Key,
         above: Option<Loaded>,
-        wanted: impl Fn(&Copy) -> bool,
+        wanted: impl Fn(&Loaded, Timestamp) -> bool,
         deadline: Instant,
     ) -> Result<Loaded, Error> {
         match self.claim(key, wanted).await {
@@ -107,7 +113,11 @@ fn land_in_memory(token: Token, loaded: Loaded, now: Timestamp) -> Loaded {
         Landing::Refused {
             standing: Some(standing),
         } if standing.is_fresh(now) => Loaded {
-            copy: standing,
+            // Nothing newer was found just now.
+            copy: Copy {
+                loaded_at: standing.loaded_at.max(loaded.copy.loaded_at),
+                ..standing
+            },
             source: Source::L1,
             stale: false,
         },

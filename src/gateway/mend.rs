@@ -82,7 +82,9 @@ impl Gateway {
         if self.parts().queue.pending(&key).is_some() {
             let gateway = self.clone();
             // A failure leaves it to the next renewal.
-            self.inner.tasks.spawn(async move { drop(gateway.republish(&key).await) });
+            self.inner
+                .tasks
+                .spawn(async move { drop(gateway.republish(&key).await) });
         }
     }
 
@@ -133,7 +135,8 @@ impl Gateway {
             key: key.clone(),
             entry,
         };
-        redis.publish(&write, &copy, hold, KEPT_MIN).await.map(drop)
+        let grace = self.grace(key).max(KEPT_MIN);
+        redis.publish(&write, &copy, hold, grace).await.map(drop)
     }
 }
 

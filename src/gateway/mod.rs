@@ -14,6 +14,7 @@
 
 mod coherence;
 mod epoch;
+mod freshness;
 mod load;
 mod mend;
 mod read;
@@ -25,7 +26,10 @@ pub mod stats;
 pub(crate) mod tests;
 mod write;
 
-pub use self::sharing::Sharing;
+pub use self::{
+    freshness::{Freshness, ReadOptions},
+    sharing::Sharing,
+};
 pub use crate::queue::journal::State as JournalState;
 
 use std::{sync::Arc, time::Duration};
@@ -195,23 +199,18 @@ impl Gateway {
     /// Reads a key.
     ///
     /// # Errors
-    /// `Unavailable` when only the store could answer and cannot, `Overloaded` when too many loads wait, `Timeout`.
-    pub async fn get(&self, key: &Key, consistency: ReadConsistency, deadline: Instant) -> Result<Found, Error> {
-        let started = Instant::now();
-        let found = self.find(key, consistency, deadline).await;
-        self.count_read(key, consistency, &found, started);
+    /// `Unavailable` when only the store could answer and cannot, `NotVisible` when the version asked for was waited for in vain,
+    /// `TooNew` when no gateway can have stamped it, `Overloaded` when too many loads wait, `Timeout`.
+    pub async fn get(&self, key: &Key, options: impl Into<ReadOptions>, deadline: Instant) -> Result<Found, Error> {
+        let (options, started) = (options.into(), Instant::now());
+        let found = self.find(key, options, deadline).await;
+        self.count_read(key, options.consistency, &found, started);
         found
     }
 
-    async fn find(&self, key: &Key, consistency: ReadConsistency, deadline: Instant) -> Result<Found, Error> {
-        let look = async {
-            match consistency {
-                ReadConsistency::Cached => self.get_cached(key, deadline).await,
-                ReadConsistency::Shared => self.get_shared(key, deadline).await,
-                ReadConsistency::Store => self.get_stored(key, None, deadline).await,
-            }
-        };
-        let Loaded { copy, source, stale } = timeout_at(deadline, look)
+    async fn find(&self, key: &Key, options: ReadOptions, deadline: Instant) -> Result<Found, Error> {
+        let answer = self.answer(key, options, deadline);
+        let Loaded { copy, source, stale } = timeout_at(deadline, answer)
             .await
             .map_err(|_| Error::new(ErrorKind::Timeout, "the deadline passed before a tier answered"))??;
         self.inner.counters.answered(source);

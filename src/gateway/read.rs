@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Gateway, died};
+use super::{
+    Gateway, died,
+    freshness::{Demand, is_kept_for_outages},
+};
 use crate::{
     cache::{
         Copy, Loaded,
@@ -19,9 +22,12 @@ use crate::{
 };
 
 impl Gateway {
-    pub(super) async fn get_cached(&self, key: &Key, deadline: Instant) -> Result<Loaded, Error> {
-        let now = self.parts().clock.now();
-        if let Some(loaded) = self.look_in_memory(key, now) {
+    pub(super) async fn get_cached(&self, key: &Key, demand: Demand, deadline: Instant) -> Result<Loaded, Error> {
+        let now = demand.since;
+        if let Some(loaded) = self
+            .look_in_memory(key, now)
+            .filter(|loaded| demand.met_by(loaded, now))
+        {
             self.refresh_if_due(key, &loaded.copy, now);
             return Ok(loaded);
         }
@@ -35,13 +41,15 @@ impl Gateway {
             };
             match ticket {
                 Ticket::Lead(lead) => {
-                    return self.spawn_load(lead, deadline).await.map_err(died)?;
+                    return self.spawn_load(lead, demand, deadline).await.map_err(died)?;
                 }
                 Ticket::Join(join) => {
                     match join.outcome().await {
                         // Its leader died, or had less time than this caller: somebody has to lead anew.
                         None => {}
                         Some(Err(error)) if error.kind() == ErrorKind::Timeout && Instant::now() < deadline => {}
+                        // Older than what this caller asks for, by a look that began before it came.
+                        Some(Ok(loaded)) if !demand.settled_by(&loaded, self.parts().clock.now()) => {}
                         Some(outcome) => return outcome,
                     }
                 }
@@ -53,21 +61,25 @@ impl Gateway {
         }
     }
 
-    pub(super) async fn get_shared(&self, key: &Key, deadline: Instant) -> Result<Loaded, Error> {
+    pub(super) async fn get_shared(&self, key: &Key, demand: Demand, deadline: Instant) -> Result<Loaded, Error> {
         let above = self.look_above_store(key).await;
         let now = self.parts().clock.now();
         match above {
-            Some(loaded) if !loaded.stale && (loaded.source == Source::Pending || loaded.copy.is_fresh(now)) => {
+            Some(loaded)
+                if !loaded.stale
+                    && (loaded.source == Source::Pending || loaded.copy.is_fresh(now))
+                    && demand.met_by(&loaded, now) =>
+            {
                 Ok(loaded)
             }
             // Durable, and the newest that is known here: better than no answer, and the caller is told.
-            Some(unconfirmed) if unconfirmed.stale => {
+            Some(unconfirmed) if unconfirmed.stale && demand.met_by(&unconfirmed, now) => {
                 let confirmed = self.get_stored(key, Some(unconfirmed.clone()), deadline).await;
                 confirmed.or(Ok(unconfirmed))
             }
-            // A copy past its lifetime does not answer by itself, but an older row does not answer over it either.
+            // A copy past its lifetime, or less than was asked for, does not answer by itself, but an older row does not answer over it either.
             above => {
-                let wanted = |copy: &Copy| copy.is_fresh(self.parts().clock.now());
+                let wanted = |found: &Loaded, now| found.copy.is_fresh(now) && demand.met_by(found, now);
                 self.reload(key, above, wanted, deadline).await
             }
         }
@@ -84,11 +96,14 @@ impl Gateway {
         let pending = self.look_in_pending(key);
         let stored = self.load(key, deadline).await?;
         let asked_at = stored.copy.loaded_at;
+        let above = above.filter(|above| above.source != Source::L2 || !is_kept_for_outages(&above.copy, asked_at));
         let mut found = [pending, above].into_iter().flatten().fold(stored, newest);
         // The store was asked: nothing newer stands there.
         found.stale = false;
-        if !found.copy.is_fresh(asked_at) {
-            // Confirmed just now: the store knows nothing newer.
+        // Confirmed just now: the store knows nothing newer.
+        if found.copy.is_fresh(asked_at) {
+            found.copy.loaded_at = found.copy.loaded_at.max(asked_at);
+        } else {
             found.copy = self.copy_of(key, found.copy.entry, asked_at);
         }
         Ok(found)

@@ -4,10 +4,7 @@
 //! be told is remembered. Does not own the slots (`cache::redis`) nor the repair (`mend`). Cancellation: dropped at any await, a token
 //! that was left is given back.
 
-use std::{
-    sync::atomic::Ordering,
-    time::Duration,
-};
+use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
@@ -17,7 +14,7 @@ use crate::{
         Copy, Loaded,
         redis::{Entered, Hold, Published, RedisCache, SlotToken},
     },
-    model::{Key, Source, Version, Write},
+    model::{Key, Source, Timestamp, Version, Write},
 };
 
 /// Between two looks at whether another's load has landed: first, and at most.
@@ -56,7 +53,7 @@ impl FillToken {
         self.gateway.inner.tasks.spawn(async move {
             if let Some(redis) = gateway.readable(&key) {
                 // A failure leaves Redis without the copy; the link has counted it.
-                let _ = redis.land_load(&key, token, &copy, Duration::ZERO).await;
+                let _ = redis.land_load(&key, token, &copy, gateway.grace(&key)).await;
             }
         });
     }
@@ -91,7 +88,7 @@ impl Gateway {
 
     /// Asks Redis for the load of a key. Where another replica has it, its landing is waited for, for a moment: until what stands is
     /// `wanted`.
-    pub(super) async fn claim(&self, key: &Key, wanted: impl Fn(&Copy) -> bool) -> Claim {
+    pub(super) async fn claim(&self, key: &Key, wanted: impl Fn(&Loaded, Timestamp) -> bool) -> Claim {
         let unclaimed = |above| Claim::Load { token: None, above };
         let Some(redis) = self.readable(key) else {
             return unclaimed(None);
@@ -108,7 +105,7 @@ impl Gateway {
                 token: Some(token),
             });
             match claimed.copy.and_then(|copy| self.trusted(key, copy)) {
-                Some(shared) if wanted(&shared.copy) => return Claim::Found(shared),
+                Some(shared) if wanted(&shared, self.parts().clock.now()) => return Claim::Found(shared),
                 above if token.is_some() || Instant::now() >= end => return Claim::Load { token, above },
                 _ => {}
             }
@@ -130,7 +127,7 @@ impl Gateway {
     /// remembered that something older may stand there.
     pub(super) async fn publish(&self, write: &Write, copy: &Copy, hold: Hold) -> Option<Published> {
         let redis = self.inner.redis.as_ref()?;
-        let published = redis.publish(write, copy, hold, Duration::ZERO).await;
+        let published = redis.publish(write, copy, hold, self.grace(&write.key)).await;
         if published.is_err() {
             self.remember(&write.key, write.entry.version);
         }
@@ -180,8 +177,8 @@ impl Gateway {
         }
     }
 
-    /// The highest version up to which a row without a trace may have been collected, if that is known.
-    pub(super) fn horizon(&self) -> Option<Version> {
-        Version::new(self.parts().sharing.horizon.load(Ordering::Relaxed))
+    /// For how long beyond its lifetime a copy of a key is kept, to answer while the store cannot.
+    pub(super) fn grace(&self, key: &Key) -> Duration {
+        self.parts().namespaces.get(key.namespace()).stale_if_error
     }
 }

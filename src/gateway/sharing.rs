@@ -55,7 +55,11 @@ impl Sharing {
 
     /// Whether copies of a namespace in Redis may be read and filled.
     pub(super) fn is_readable(&self, namespace: &str, now: Timestamp) -> bool {
-        self.repairs.is_empty() && self.epochs.adopted().is_some_and(|adopted| adopted.is_readable(namespace, now))
+        self.repairs.is_empty()
+            && self
+                .epochs
+                .adopted()
+                .is_some_and(|adopted| adopted.is_readable(namespace, now))
     }
 
     /// The control row was asked at `now`, and what it said is adopted.

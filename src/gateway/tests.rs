@@ -1,11 +1,12 @@
 //! The algorithm over the store in memory, in paused time: which tier answers, what each outcome leaves behind, and who may come late.
 //!
 //! Owns the rig: a whole gateway without Redis over scripted faults, which other modules' tests may use. The storm, in which all of it
-//! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`].
+//! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`]; how fresh an answer is, in [`freshness`].
 
 mod clock;
 mod coherence;
 mod durable;
+mod freshness;
 mod storm;
 
 use std::num::NonZeroUsize;
@@ -173,10 +174,8 @@ impl Rig {
         written.expect("it is written").version
     }
 
-    async fn get(&self, name: &str, consistency: ReadConsistency) -> Result<Found, Error> {
-        self.gateway
-            .get(&key(name), consistency, Instant::now() + PATIENCE)
-            .await
+    async fn get(&self, name: &str, options: impl Into<ReadOptions>) -> Result<Found, Error> {
+        self.gateway.get(&key(name), options, Instant::now() + PATIENCE).await
     }
 
     /// What a read sees, and where it came from.

@@ -327,7 +327,10 @@ impl<P: Payload> Pending<P> {
         let accepted = |slot: &Slot<P>| match slot.course {
             Course::Waiting(place) | Course::InFlight { place, .. } => place.admitted,
         };
-        let old = self.slots.iter().filter(move |(_, slot)| !slot.unconfirmed && accepted(slot) <= then);
+        let old = self
+            .slots
+            .iter()
+            .filter(move |(_, slot)| !slot.unconfirmed && accepted(slot) <= then);
         old.map(|(key, _)| key)
     }
 

@@ -10,26 +10,37 @@ use prost_types::Timestamp as ProtoTimestamp;
 
 use crate::{
     error::{Error, FieldViolation},
-    gateway::{Durability, Found, ReadConsistency, WriteRequest, Written},
-    model::{Key, Source, Timestamp},
+    gateway::{Durability, Found, Freshness, ReadConsistency, ReadOptions, WriteRequest, Written},
+    model::{Key, Source, Timestamp, Version},
     namespace::WriteMode,
     rpc::proto,
 };
 
-/// The longest ttl: a hundred years of days. A longer one is a mistake of units.
-const TTL_DAYS_MAX: u64 = 36_525;
-const TTL_MAX: Duration = Duration::from_secs(TTL_DAYS_MAX * 24 * 3600);
+/// The longest duration of a request: a hundred years of days. A longer one is a mistake of units.
+const DURATION_DAYS_MAX: u64 = 36_525;
+const DURATION_MAX: Duration = Duration::from_secs(DURATION_DAYS_MAX * 24 * 3600);
 
 /// Values from this size on keep the buffer they were received in: it was grown for them. Smaller ones are copied, for a slice of
 /// a shared buffer would keep all of it.
 const KEEP_BUFFER_BYTES: usize = 16 * 1024;
 
-pub(crate) fn get(request: &proto::GetRequest) -> Result<(Key, ReadConsistency), Error> {
+pub(crate) fn get(request: &proto::GetRequest) -> Result<(Key, ReadOptions), Error> {
     let mut violations = Vec::new();
     let key = key(&request.namespace, &request.key, &mut violations);
     let consistency = consistency(request.consistency, &mut violations);
+    let max_staleness = request.max_staleness.and_then(|max| {
+        let unset = "leave it out to take any age that the consistency allows";
+        duration("max_staleness", max, unset, &mut violations)
+    });
+    let min_version = min_version(request.min_version, &mut violations);
     match (key, consistency) {
-        (Some(key), Some(consistency)) => Ok((key, consistency)),
+        (Some(key), Some(consistency)) if violations.is_empty() => {
+            let freshness = Freshness {
+                max_staleness,
+                min_version,
+            };
+            Ok((key, ReadOptions { consistency, freshness }))
+        }
         _ => Err(Error::invalid(violations)),
     }
 }
@@ -42,7 +53,7 @@ pub(crate) fn put(request: proto::PutRequest, value_bytes_max: usize) -> Result<
         violate(&mut violations, "value", description);
     }
     let mode = write_mode(request.write_mode, &mut violations);
-    let ttl = request.ttl.and_then(|ttl| duration(ttl, &mut violations));
+    let ttl = request.ttl.and_then(|ttl| self::ttl(ttl, &mut violations));
     match key {
         Some(key) if violations.is_empty() => Ok(WriteRequest {
             key,
@@ -159,33 +170,45 @@ fn write_mode(number: i32, violations: &mut Vec<FieldViolation>) -> Option<Write
 }
 
 /// A ttl, rounded up to a millisecond: a record must not vanish sooner than it was promised.
-fn duration(ttl: prost_types::Duration, violations: &mut Vec<FieldViolation>) -> Option<Duration> {
-    let ill_formed = !(-999_999_999..=999_999_999).contains(&ttl.nanos)
-        || (ttl.seconds > 0 && ttl.nanos < 0)
-        || (ttl.seconds < 0 && ttl.nanos > 0);
-    if ill_formed {
-        violate(
-            violations,
-            "ttl",
-            "nanos must be within a second and have the sign of seconds",
-        );
-        return None;
-    }
-    if ttl.seconds < 0 || ttl.nanos < 0 || (ttl.seconds == 0 && ttl.nanos == 0) {
-        violate(
-            violations,
-            "ttl",
-            "must be more than zero; leave it out for a record without expiry",
-        );
-        return None;
-    }
-    let duration = Duration::new(ttl.seconds.unsigned_abs(), ttl.nanos.unsigned_abs());
-    if duration > TTL_MAX {
-        violate(violations, "ttl", format!("must be at most {TTL_DAYS_MAX} days"));
-        return None;
-    }
-    let millis = duration.as_nanos().div_ceil(1_000_000);
+fn ttl(ttl: prost_types::Duration, violations: &mut Vec<FieldViolation>) -> Option<Duration> {
+    let ttl = duration("ttl", ttl, "leave it out for a record without expiry", violations)?;
+    let millis = ttl.as_nanos().div_ceil(1_000_000);
     Some(Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)))
+}
+
+/// A duration of more than zero; `unset` says what to do instead of sending none.
+fn duration(
+    field: &'static str,
+    given: prost_types::Duration,
+    unset: &str,
+    violations: &mut Vec<FieldViolation>,
+) -> Option<Duration> {
+    let prost_types::Duration { seconds, nanos } = given;
+    let ill_formed =
+        !(-999_999_999..=999_999_999).contains(&nanos) || (seconds > 0 && nanos < 0) || (seconds < 0 && nanos > 0);
+    if ill_formed {
+        let description = "nanos must be within a second and have the sign of seconds";
+        violate(violations, field, description);
+        return None;
+    }
+    if seconds < 0 || nanos < 0 || (seconds == 0 && nanos == 0) {
+        violate(violations, field, format!("must be more than zero; {unset}"));
+        return None;
+    }
+    let duration = Duration::new(seconds.unsigned_abs(), nanos.unsigned_abs());
+    if duration > DURATION_MAX {
+        violate(violations, field, format!("must be at most {DURATION_DAYS_MAX} days"));
+        return None;
+    }
+    Some(duration)
+}
+
+fn min_version(number: i64, violations: &mut Vec<FieldViolation>) -> Option<Version> {
+    if number < 0 {
+        let description = "must be a version that a write returned; leave it out, or 0, to ask for none";
+        violate(violations, "min_version", description);
+    }
+    Version::new(number)
 }
 
 fn own(value: Bytes) -> Bytes {
@@ -255,8 +278,32 @@ mod tests {
                 "{seconds} {nanos}"
             );
         }
-        let max = i64::try_from(TTL_MAX.as_secs()).expect("fits");
+        let max = i64::try_from(DURATION_MAX.as_secs()).expect("fits");
         assert!(ttl(max, 0).is_ok() && ttl(max, 1).is_err());
+    }
+
+    #[test]
+    fn a_read_s_options_are_positive_and_all_named() {
+        let request = |max_staleness: Option<(i64, i32)>, min_version| proto::GetRequest {
+            namespace: "orders".into(),
+            key: "k".into(),
+            max_staleness: max_staleness.map(|(seconds, nanos)| prost_types::Duration { seconds, nanos }),
+            min_version,
+            ..proto::GetRequest::default()
+        };
+        let (_, options) = get(&request(None, 0)).expect("valid");
+        assert_eq!(options, ReadConsistency::Cached.into());
+        let (_, options) = get(&request(Some((0, 1)), 7)).expect("valid");
+        assert_eq!(options.freshness.max_staleness, Some(Duration::from_nanos(1)));
+        assert_eq!(options.freshness.min_version, Version::new(7));
+        let seconds_max = i64::try_from(DURATION_MAX.as_secs()).expect("fits");
+        assert!(get(&request(Some((seconds_max, 0)), i64::MAX)).is_ok());
+        for (seconds, nanos) in [(0, 0), (-1, 0), (0, -1), (1, -1), (seconds_max, 1), (i64::MAX, 0)] {
+            let error = get(&request(Some((seconds, nanos)), 0)).expect_err("bad");
+            assert_eq!(fields(&error), ["max_staleness"], "{seconds} {nanos}");
+        }
+        let error = get(&request(Some((-1, 0)), -1)).expect_err("bad");
+        assert_eq!(fields(&error), ["max_staleness", "min_version"]);
     }
 
     #[test]

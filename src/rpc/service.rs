@@ -67,8 +67,8 @@ fn deadline<T>(request: &Request<T>) -> Instant {
 impl GatewayRpc for GatewayService {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let deadline = deadline(&request);
-        let (key, consistency) = convert::get(request.get_ref()).map_err(to_status)?;
-        let found = self.gateway.get(&key, consistency, deadline).await.map_err(to_status)?;
+        let (key, options) = convert::get(request.get_ref()).map_err(to_status)?;
+        let found = self.gateway.get(&key, options, deadline).await.map_err(to_status)?;
         Ok(Response::new(convert::get_response(found)))
     }
 

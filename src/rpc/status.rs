@@ -23,6 +23,8 @@ pub fn to_status(error: Error) -> Status {
         ErrorKind::Rejected => (Code::FailedPrecondition, "REJECTED", false),
         ErrorKind::Overloaded => (Code::ResourceExhausted, "OVERLOADED", true),
         ErrorKind::Unavailable => (Code::Unavailable, "UNAVAILABLE", true),
+        ErrorKind::NotVisible => (Code::Unavailable, "NOT_VISIBLE", true),
+        ErrorKind::TooNew => (Code::FailedPrecondition, "TOO_NEW", false),
         ErrorKind::Timeout => (Code::DeadlineExceeded, "TIMEOUT", false),
         ErrorKind::Internal => (Code::Internal, "INTERNAL", false),
     };
@@ -41,6 +43,9 @@ pub fn to_status(error: Error) -> Status {
     );
     if retry {
         details.set_retry_info(Some(error.retry_delay().unwrap_or(RETRY_DELAY)));
+    }
+    if error.kind() == ErrorKind::TooNew {
+        details.add_precondition_failure_violation("VERSION", "min_version", error.message());
     }
     for violation in error.violations() {
         details.add_bad_request_violation(violation.field, violation.description.clone());
@@ -75,6 +80,8 @@ mod tests {
             (ErrorKind::Rejected, Code::FailedPrecondition, "REJECTED", false),
             (ErrorKind::Overloaded, Code::ResourceExhausted, "OVERLOADED", true),
             (ErrorKind::Unavailable, Code::Unavailable, "UNAVAILABLE", true),
+            (ErrorKind::NotVisible, Code::Unavailable, "NOT_VISIBLE", true),
+            (ErrorKind::TooNew, Code::FailedPrecondition, "TOO_NEW", false),
             (ErrorKind::Timeout, Code::DeadlineExceeded, "TIMEOUT", false),
             (ErrorKind::Internal, Code::Internal, "INTERNAL", false),
         ] {
@@ -104,6 +111,22 @@ mod tests {
         assert_eq!(delay(full.clone()), Some(RETRY_DELAY));
         let soon = Duration::from_millis(250);
         assert_eq!(delay(full.retry_after(soon)), Some(soon));
+    }
+
+    #[test]
+    fn a_version_ahead_is_a_precondition_that_names_its_field() {
+        let status = to_status(Error::new(ErrorKind::TooNew, "why"));
+        let failure = status.get_details_precondition_failure().expect("it is one");
+        assert_eq!(failure.violations.len(), 1);
+        assert_eq!(
+            (
+                failure.violations[0].subject.as_str(),
+                failure.violations[0].description.as_str()
+            ),
+            ("min_version", "why")
+        );
+        let other = to_status(Error::new(ErrorKind::Rejected, "why"));
+        assert!(other.get_details_precondition_failure().is_none());
     }
 
     #[test]

@@ -25,8 +25,8 @@ use crate::{
     clock::Clock,
     model::{Entry, Epoch, Key, Timestamp, Version, Write},
     store::{
-        Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE, NamespaceMoved, NodeGrant,
-        Store, StoreError, StoreErrorKind,
+        Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE,
+        NamespaceMoved, NodeGrant, Store, StoreError, StoreErrorKind,
     },
 };
 

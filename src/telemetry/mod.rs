@@ -278,6 +278,8 @@ pub struct CacheMetrics {
     pub refreshes_skipped: Counter,
     /// Loads that callers shared instead of starting their own.
     pub loads_joined: Counter,
+    /// Reads answered from a copy past its lifetime, because the store did not answer.
+    pub stale_answers: Counter,
     /// Calls to Redis that failed, and so were misses.
     pub redis_errors: Counter,
     /// Writes of which Redis could not be told, so that something older may stand there until it is repaired.
@@ -316,6 +318,11 @@ impl CacheMetrics {
             "cache_loads_joined",
             "Reads that shared another read's load",
             metrics.loads_joined.clone(),
+        );
+        registry.register(
+            "cache_stale_answers",
+            "Reads answered from a copy past its lifetime because the store did not answer",
+            metrics.stale_answers.clone(),
         );
         registry.register(
             "redis_errors",

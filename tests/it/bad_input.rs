@@ -10,7 +10,7 @@ use tonic_types::StatusExt;
 
 use crate::harness::{
     Database, Gateway, Mode, Setup,
-    client::{assert_do_not_come_back, outcome},
+    client::{EVERY, assert_do_not_come_back, outcome},
     wire::{Answer, Wire, frame, message},
 };
 
@@ -44,6 +44,7 @@ fn get() -> GetRequest {
         namespace: "orders".into(),
         key: "key".into(),
         consistency: ReadConsistency::Unspecified as i32,
+        ..GetRequest::default()
     }
 }
 
@@ -163,6 +164,43 @@ async fn a_bad_ttl_is_named() {
 }
 
 #[tokio::test]
+async fn bad_options_of_a_read_are_named() {
+    let (gateway, _database) = gateway().await;
+    let bad = [
+        (0, 0),
+        (-1, 0),
+        (1, -1),
+        (0, 1_000_000_000),
+        (TTL_SECONDS_MAX, 1),
+        (i64::MAX, 0),
+    ];
+    for (seconds, nanos) in bad {
+        for consistency in EVERY {
+            let request = GetRequest {
+                consistency: consistency as i32,
+                max_staleness: Some(Duration { seconds, nanos }),
+                ..get()
+            };
+            let status = gateway.client.stub().get(request).await.expect_err("bad");
+            assert_blames(&status, &["max_staleness"]);
+        }
+    }
+    for min_version in [-1, i64::MIN] {
+        let request = GetRequest { min_version, ..get() };
+        let status = gateway.client.stub().get(request).await.expect_err("bad");
+        assert_blames(&status, &["min_version"]);
+    }
+    // The least and the most are taken.
+    for (seconds, nanos) in [(0, 1), (TTL_SECONDS_MAX, 0)] {
+        let request = GetRequest {
+            max_staleness: Some(Duration { seconds, nanos }),
+            ..get()
+        };
+        gateway.client.stub().get(request).await.expect("the request is good");
+    }
+}
+
+#[tokio::test]
 async fn unknown_numbers_of_enums_are_named() {
     let (gateway, database) = gateway().await;
     for number in [-1, 3, 99, i32::MIN, i32::MAX] {
@@ -220,10 +258,13 @@ async fn all_bad_fields_are_named_at_once() {
     .await;
     let get = GetRequest {
         consistency: 9,
+        max_staleness: ttl(0, 0).ttl,
+        min_version: -1,
         ..GetRequest::default()
     };
     let status = gateway.client.stub().get(get).await.expect_err("bad");
-    assert_blames(&status, &["namespace", "key", "consistency"]);
+    let named = ["namespace", "key", "consistency", "max_staleness", "min_version"];
+    assert_blames(&status, &named);
     let delete = DeleteRequest {
         write_mode: 9,
         ..DeleteRequest::default()

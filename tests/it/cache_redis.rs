@@ -85,7 +85,7 @@ impl Replica {
     }
 
     /// Waits until the server answers, and goes by an epoch that holds for it.
-    async fn up(&self) {
+    pub async fn up(&self) {
         until("Redis is held to be up", async || self.cache.is_up()).await;
         let server = self.cache.server().expect("it is up");
         self.adopt(&server);
@@ -101,7 +101,7 @@ impl Replica {
     }
 
     /// Writes as a gateway does, with a token left before.
-    async fn write(
+    pub async fn write(
         &self,
         key: &Key,
         entry: &Entry,
@@ -118,7 +118,7 @@ impl Replica {
         self.publish_entry(key, entry, NOW, LONG, Hold::Nothing).await
     }
 
-    async fn publish_entry(
+    pub async fn publish_entry(
         &self,
         key: &Key,
         entry: &Entry,
@@ -164,7 +164,7 @@ pub fn put(number: i64) -> Entry {
     }
 }
 
-pub fn tombstone(number: i64) -> Entry {
+fn tombstone(number: i64) -> Entry {
     Entry {
         value: None,
         ..put(number)

@@ -80,18 +80,25 @@ impl Subscriber {
     }
 
     async fn next(&mut self) -> Heard {
-        let heard = timeout(SOON, self.channel.next()).await.expect("something is heard");
-        heard.expect("the keeper lives")
+        self.next_that(|_| true).await
     }
 
     /// What is heard next besides beats.
     async fn next_but_beats(&mut self) -> Heard {
-        loop {
-            match self.next().await {
-                Heard::Beat(_) => {}
-                heard => return heard,
+        self.next_that(|heard| !matches!(heard, Heard::Beat(_))).await
+    }
+
+    /// The next of a kind; what comes before it is let pass.
+    async fn next_that(&mut self, wanted: impl Fn(&Heard) -> bool) -> Heard {
+        let heard = async {
+            loop {
+                let heard = self.channel.next().await.expect("the keeper lives");
+                if wanted(&heard) {
+                    return heard;
+                }
             }
-        }
+        };
+        timeout(SOON, heard).await.expect("something is heard")
     }
 }
 
@@ -279,7 +286,7 @@ async fn whoever_hears_too_slowly_is_told_that_it_missed_something() {
     assert_eq!(heard, BUFFERED, "what waited is not lost");
     assert_eq!(subscriber.next_but_beats().await, Heard::Subscribed);
     publish(&mut connection, CHANGES, &written(2).encode(THEIRS)).await;
-    while subscriber.next_but_beats().await != Heard::Message(written(2)) {}
+    subscriber.next_that(|heard| *heard == Heard::Message(written(2))).await;
 }
 
 /// A gateway whose L1 holds `key`.

@@ -34,6 +34,7 @@ async fn read(wire: &Wire, headers: &[(&str, &str)]) -> Status {
         namespace: "orders".into(),
         key: "key".into(),
         consistency: ReadConsistency::Store as i32,
+        ..GetRequest::default()
     };
     let answer = wire.call(GET, headers, message(&request)).await;
     answer.status.expect("a status")

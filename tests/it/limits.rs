@@ -114,7 +114,7 @@ impl Frames {
         let request = tidegate::rpc::proto::GetRequest {
             namespace: "orders".into(),
             key: "key".into(),
-            consistency: 0,
+            ..Default::default()
         };
         self.send(DATA, END_STREAM, stream, &message(&request)).await;
     }

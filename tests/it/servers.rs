@@ -6,7 +6,7 @@ use redis::AsyncCommands;
 use sqlx::{Connection, Executor};
 
 use crate::harness::{
-    SOON, eventually, expect, postgres,
+    SOON, Setup, eventually, expect, postgres,
     process::{Directory, Process},
     redis as redis_server,
 };
@@ -44,6 +44,47 @@ async fn postgres_stops_and_starts_again_with_its_data() {
         let mut connection = postgres::connect(&url).await;
         connection.execute("insert into kept values (1)").await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn redis_comes_back_once_with_what_was_saved() {
+    let mut server = redis_server::start().await;
+    let _: () = server.connect().await.set("key", "old").await.unwrap();
+    server.save().await;
+    let _: () = server.connect().await.set("key", "new").await.unwrap();
+    for found in [Some("old"), None] {
+        server.kill();
+        server.start_again().await;
+        let value: Option<String> = server.connect().await.get("key").await.unwrap();
+        assert_eq!(value.as_deref(), found);
+    }
+}
+
+#[tokio::test]
+async fn redis_says_how_much_memory_it_uses() {
+    let server = redis_server::start().await;
+    let empty = server.used_bytes().await;
+    let long = vec![0_u8; 1 << 20];
+    let _: () = server.connect().await.set("key", long).await.unwrap();
+    assert!(server.used_bytes().await > empty + (1 << 20));
+}
+
+#[tokio::test]
+async fn a_frozen_gateway_answers_when_it_goes_on() {
+    let gateway = Setup::new().start().await;
+    gateway.freeze();
+    let asked = tokio::spawn({
+        let client = gateway.client.clone();
+        async move { client.read("key").await }
+    });
+    // Its process is stopped, as its state says.
+    eventually("it stands still", SOON, async || {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", gateway.pid())).unwrap();
+        expect(stat.contains(") T "), stat)
+    })
+    .await;
+    gateway.thaw();
+    assert!(asked.await.unwrap().entry.is_none());
 }
 
 #[tokio::test]

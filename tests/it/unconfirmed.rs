@@ -18,11 +18,7 @@ use crate::harness::{
 /// The version of the copy that Redis holds at a place.
 async fn shared_version(place: &str, redis: &redis_server::Server) -> Option<i64> {
     let mut connection = redis.connect().await;
-    let copy: Option<Vec<u8>> = cmd("GET")
-        .arg(place)
-        .query_async(&mut connection)
-        .await
-        .unwrap();
+    let copy: Option<Vec<u8>> = cmd("GET").arg(place).query_async(&mut connection).await.unwrap();
     let version = copy?.first_chunk().copied().expect("a copy begins with its version");
     Some(i64::from_be_bytes(version))
 }

@@ -43,12 +43,13 @@ local function leave(given)
   end
 end
 
--- Takes the token away.
+-- Takes the token away. Where Redis has no room even for that, what stands beside it goes too.
 local function clear()
-  if standing or absent then
-    if token ~= NONE then redis.call('SETRANGE', slot, 34, NONE .. NONE) end
-  else
+  if not (standing or absent) then
     redis.call('UNLINK', slot)
+  elseif token ~= NONE then
+    local cleared = redis.pcall('SETRANGE', slot, 34, NONE .. NONE)
+    if type(cleared) == 'table' then redis.call('UNLINK', slot) end
   end
 end
 

@@ -127,14 +127,8 @@ fn faults(mut rng: StdRng) -> impl FnMut(Call) -> Option<Fault> + Send {
 }
 
 async fn look(gateway: &Gateway, key: &Key, consistency: ReadConsistency, deadline: Instant) -> Option<Loaded> {
-    let look = async {
-        match consistency {
-            Cached => gateway.get_cached(key, deadline).await,
-            Shared => gateway.get_shared(key, deadline).await,
-            ReadConsistency::Store => gateway.get_stored(key, None, deadline).await,
-        }
-    };
-    timeout_at(deadline, look).await.ok()?.ok()
+    let answer = gateway.answer(key, consistency.into(), deadline);
+    timeout_at(deadline, answer).await.ok()?.ok()
 }
 
 async fn caller(gateway: Gateway, ledger: Arc<Ledger>, mut rng: StdRng) {

@@ -23,10 +23,13 @@ pub(super) async fn control(session: &mut PgConnection) -> Result<Control, Failu
     let epochs: Vec<i64> = row.try_get(5)?;
     let moved: Vec<WireTime> = row.try_get(6)?;
     let moved_at: Option<WireTime> = row.try_get(7)?;
-    let epochs = epochs.into_iter().zip(moved).map(|(epoch, WireTime(moved_at))| NamespaceMoved {
-        epoch: Epoch(epoch),
-        moved_at,
-    });
+    let epochs = epochs
+        .into_iter()
+        .zip(moved)
+        .map(|(epoch, WireTime(moved_at))| NamespaceMoved {
+            epoch: Epoch(epoch),
+            moved_at,
+        });
     Ok(Control {
         epoch: Epoch(row.try_get(0)?),
         cache_server: row.try_get(1)?,

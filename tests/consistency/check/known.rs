@@ -27,7 +27,9 @@ pub struct Known<'a> {
     /// Of the puts whose version is known, by their values.
     versions: HashMap<Value, Version>,
     authors: BTreeMap<Version, Author>,
-    /// Tombstones by version, each with the call of its delete.
+    /// What came into the row, by version, each with the call of its write.
+    applied: Vec<(Version, Nanos)>,
+    /// Tombstones that somebody may have seen by version, each with the call of its delete.
     tombstones: Vec<(Version, Nanos)>,
     /// The same by call, each with the highest version up to there.
     highest_tombstones: Vec<(Nanos, Version)>,
@@ -43,6 +45,7 @@ impl<'a> Known<'a> {
             by_value: HashMap::new(),
             versions: HashMap::new(),
             authors: BTreeMap::new(),
+            applied: Vec::new(),
             tombstones: Vec::new(),
             highest_tombstones: Vec::new(),
             open_deletes: Vec::new(),
@@ -72,6 +75,17 @@ impl<'a> Known<'a> {
             {
                 known.recognise(*version, *value, op.ret, op.call, source, verdict);
             }
+        }
+        let applied = history.applied.get(&key).into_iter().flatten();
+        let call = |record: &Record| known.authors.get(&record.version).map_or(0, |author| author.call);
+        known.applied = applied.map(|record| (record.version, call(record))).collect();
+        known.applied.sort_unstable();
+        if class == Class::Through {
+            // Nobody sees what was never committed: a later write of the same commit took its place.
+            let applied = &known.applied;
+            known
+                .tombstones
+                .retain(|(version, _)| applied.binary_search_by_key(version, |(version, _)| *version).is_ok());
         }
         known.tombstones.sort_unstable();
         let mut by_call: Vec<_> = known
@@ -222,13 +236,21 @@ impl<'a> Known<'a> {
             return Some(0);
         }
         let first = self.tombstones.partition_point(|(version, _)| *version < floor);
-        self.tombstones[first..]
-            .iter()
-            // Calls rise about as versions do.
-            .take_while(|(_, call)| *call < seen_by.saturating_add(3 * OPEN_DELETE_LASTS))
-            .find(|(_, call)| *call < seen_by)
-            .map(|(version, _)| *version)
+        called_before(&self.tombstones[first..], seen_by)
             .or_else(|| self.is_open_above(floor, seen_by).then_some(floor))
+    }
+
+    /// Whether a version came into the row.
+    pub fn is_applied(&self, version: Version) -> bool {
+        self.applied
+            .binary_search_by_key(&version, |(version, _)| *version)
+            .is_ok()
+    }
+
+    /// The lowest version above another one that came into the row and was called before an instant.
+    pub fn applied_above(&self, version: Version, before: Nanos) -> Option<Version> {
+        let first = self.applied.partition_point(|(applied, _)| *applied <= version);
+        called_before(&self.applied[first..], before)
     }
 
     /// The highest version that an absence seen by `seen_by` can be.
@@ -253,4 +275,14 @@ impl<'a> Known<'a> {
             Some(_) | None => rule,
         }
     }
+}
+
+/// The first of these versions that was called before an instant.
+fn called_before(versions: &[(Version, Nanos)], instant: Nanos) -> Option<Version> {
+    versions
+        .iter()
+        // Calls rise about as versions do.
+        .take_while(|(_, call)| *call < instant.saturating_add(3 * OPEN_DELETE_LASTS))
+        .find(|(_, call)| *call < instant)
+        .map(|(version, _)| *version)
 }

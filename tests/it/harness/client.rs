@@ -62,11 +62,45 @@ impl Client {
         self.stub.clone()
     }
 
-    pub async fn get(&self, key: &str, consistency: ReadConsistency) -> Result<GetResponse, Status> {
-        let request = GetRequest {
+    /// A Get to be sent; for what the shorter calls do not offer.
+    pub fn get_request(&self, key: &str, consistency: ReadConsistency) -> GetRequest {
+        GetRequest {
             namespace: self.namespace.clone(),
             key: key.to_owned(),
             consistency: consistency as i32,
+            ..GetRequest::default()
+        }
+    }
+
+    pub async fn get(&self, key: &str, consistency: ReadConsistency) -> Result<GetResponse, Status> {
+        let request = self.get_request(key, consistency);
+        self.stub().get(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// Reads at least a version.
+    pub async fn get_at_least(
+        &self,
+        key: &str,
+        consistency: ReadConsistency,
+        min_version: i64,
+    ) -> Result<GetResponse, Status> {
+        let request = GetRequest {
+            min_version,
+            ..self.get_request(key, consistency)
+        };
+        self.stub().get(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// Reads nothing that is older.
+    pub async fn get_within(
+        &self,
+        key: &str,
+        consistency: ReadConsistency,
+        max_staleness: Duration,
+    ) -> Result<GetResponse, Status> {
+        let request = GetRequest {
+            max_staleness: Some(max_staleness.try_into().expect("a duration of a test fits")),
+            ..self.get_request(key, consistency)
         };
         self.stub().get(request).await.map(tonic::Response::into_inner)
     }

@@ -411,6 +411,16 @@ impl Gateway {
         self.process.wait(SOON).await;
     }
 
+    /// Freezes it: connections stay, nothing is answered, and time goes on without it.
+    pub fn freeze(&self) {
+        self.process.signal("STOP");
+    }
+
+    /// Lets a frozen gateway go on.
+    pub fn thaw(&self) {
+        self.process.signal("CONT");
+    }
+
     /// Whether it still runs.
     pub fn runs(&mut self) -> bool {
         self.process.ended().is_none()

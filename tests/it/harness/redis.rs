@@ -1,8 +1,8 @@
 //! Redis for the tests: a server of each test's own (it starts in a moment), to look into, stop and start again.
 //!
-//! It keeps nothing on disk: started again it is empty, as a cache may be.
+//! It keeps nothing on disk unless told to: started again it is empty, as a cache may be.
 
-use std::{path::Path, process::Command};
+use std::{fs, path::Path, process::Command};
 
 use redis::{aio::MultiplexedConnection, cmd};
 
@@ -57,7 +57,24 @@ impl Server {
         process.wait(SOON).await;
     }
 
-    /// Starts the stopped server, empty, on its port, and waits until it answers.
+    /// Keeps what it holds now: the next start, and no later one, finds that.
+    pub async fn save(&self) {
+        let saved = cmd("SAVE").query_async(&mut self.connect().await).await;
+        let () = saved.expect("the directory is ours");
+    }
+
+    /// How many bytes of memory it has in use.
+    pub async fn used_bytes(&self) -> u64 {
+        let info: String = cmd("INFO")
+            .arg("memory")
+            .query_async(&mut self.connect().await)
+            .await
+            .expect("Redis answers");
+        let used = info.lines().find_map(|line| line.strip_prefix("used_memory:"));
+        used.and_then(|used| used.trim().parse().ok()).expect("it says so")
+    }
+
+    /// Starts the stopped server, empty unless something was saved, on its port, and waits until it answers.
     pub async fn start_again(&mut self) {
         assert!(self.process.is_none(), "the server runs already");
         self.process = run(&self.directory, self.port).await;
@@ -66,6 +83,8 @@ impl Server {
             "Redis does not start again on port {}",
             self.port
         );
+        // There is one only if it was saved.
+        let _ = fs::remove_file(self.directory.path().join("dump.rdb"));
     }
 
     /// Freezes the server: connections stay, nothing is answered.
