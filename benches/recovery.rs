@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use tidegate::{
-    model::{Entry, Key, Version, Write},
+    model::{Entry, Key, Tags, Version, Write},
     queue::journal::{Config, Journal, Lane, Record, Recovered, fs::DiskFs},
     telemetry::journal::JournalMetrics,
 };
@@ -149,6 +149,7 @@ fn write(number: usize, keys: usize, value_bytes: usize) -> Write {
             value: Some(Bytes::from(vec![b'v'; value_bytes])),
             expires_at: None,
         },
+        tags: Tags::default(),
     }
 }
 

@@ -11,12 +11,13 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 use crate::model::{COUNTER_BITS, NODE_BITS, Timestamp, VERSION_EPOCH_MILLIS, Version};
 
-/// How far ahead of this clock a version may be and still move it: what two gateways may differ by that are each within ten seconds of
-/// the store's clock. One further ahead, as from a machine whose clock is wrong, raises only the stamps of its own key.
+/// How far ahead of this clock a version may be and still move it at once: what two gateways may differ by that are each within ten seconds of
+/// the store's clock. One further ahead, as from a gateway that started where its crash had left its reservation, moves it once that is
+/// reserved too. One that is far ahead ([`is_far_ahead`]), as from a machine whose clock is wrong, raises only the stamps of its own key.
 const OBSERVE_AHEAD_MAX: Duration = Duration::from_secs(20);
 
 /// What is kept free of a reservation for stamps that follow an observation at its end: two million, until
@@ -102,6 +103,10 @@ pub struct Clock {
     /// Up to where the store knows that this process may stamp ahead of its wall clock. A later process of this node starts there, so
     /// that no version is stamped twice, whenever this one dies.
     reserved: AtomicI64,
+    /// The highest that was observed and not reserved, though it is not far ahead.
+    wanted: AtomicI64,
+    /// Tells whoever reserves that there is such a one.
+    wanting: Notify,
     /// When stamping ends unless the lease is renewed, in milliseconds since the Unix epoch.
     leased_until: AtomicI64,
     /// How far this clock was ahead of the store's when they were last compared, in milliseconds.
@@ -122,6 +127,8 @@ impl Clock {
             last_ahead: AtomicI64::new(0),
             floor,
             reserved: AtomicI64::new(floor),
+            wanted: AtomicI64::new(0),
+            wanting: Notify::new(),
             leased_until: AtomicI64::new(i64::MAX),
             offset: AtomicI64::new(0),
         }
@@ -151,11 +158,13 @@ impl Clock {
         let next = rise(&self.last, logical(now));
         // A version that was too far ahead to move the clock still has to be passed, on its own key.
         let above = standing.map_or(0, |version| (version.get() >> NODE_BITS) + 1);
-        Ok(self.version(if next < above {
-            rise(&self.last_ahead, above)
-        } else {
-            next
-        }))
+        if next >= above {
+            return Ok(self.version(next));
+        }
+        let passing = self.version(rise(&self.last_ahead, above));
+        // So that the next stamp of the key passes this one too, whatever is known by then.
+        self.observe_at(passing, now);
+        Ok(passing)
     }
 
     /// Whether a version that stands above a stamp of this clock was stamped by it afterwards, and so by a concurrent write. One of an
@@ -170,16 +179,29 @@ impl Clock {
         self.observe_at(version, self.now());
     }
 
-    /// A version to reserve: far enough ahead for what may be observed until the next reservation.
+    /// A version to reserve: far enough ahead for what may be observed until the next reservation, and for what was in vain.
     pub fn reservation(&self) -> Version {
-        let ahead = logical(self.now().after(OBSERVE_AHEAD_MAX)).max(self.last.load(Ordering::Relaxed));
+        let known = [&self.last, &self.wanted].map(|register| register.load(Ordering::Relaxed));
+        let ahead = known
+            .into_iter()
+            .fold(logical(self.now().after(OBSERVE_AHEAD_MAX)), i64::max);
         self.version(ahead + STAMPS_SLACK)
     }
 
-    /// The store knows of a reservation: versions up to it may move the clock.
+    /// The store knows of a reservation: versions up to it may move the clock, and the one that was observed too soon does.
     pub fn reserve(&self, reservation: Version) {
-        self.reserved
-            .fetch_max(reservation.get() >> NODE_BITS, Ordering::Relaxed);
+        let reserved = reservation.get() >> NODE_BITS;
+        self.reserved.fetch_max(reserved, Ordering::Relaxed);
+        let wanted = self.wanted.load(Ordering::Relaxed);
+        if wanted <= reserved - STAMPS_SLACK {
+            self.last.fetch_max(wanted, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits until a version was observed that only a new reservation lets move this clock. Until then a later write of its key could be
+    /// stamped below it, by this very gateway, where no tier tells that it stands. Dropped, it loses nothing.
+    pub async fn reservation_wanted(&self) {
+        self.wanting.notified().await;
     }
 
     /// The highest version that was stamped or observed: what must survive a restart.
@@ -233,6 +255,8 @@ impl Clock {
         let reserved = self.reserved.load(Ordering::Relaxed) - STAMPS_SLACK;
         if observed <= reserved.max(logical(now)) {
             self.last.fetch_max(observed, Ordering::Relaxed);
+        } else if !is_far_ahead(version, now) && self.wanted.fetch_max(observed, Ordering::Relaxed) < observed {
+            self.wanting.notify_one();
         }
     }
 
@@ -315,6 +339,39 @@ mod tests {
         clock.reserve(clock.reservation());
         clock.observe(seen);
         assert!(clock.stamp(None).expect("leased") > seen);
+    }
+
+    #[test]
+    fn a_version_beyond_the_reservation_moves_the_clock_once_that_is_reserved_too() {
+        let clock = Clock::new(1, None);
+        clock.reserve(clock.reservation());
+        let seen = ahead(&clock, OBSERVE_AHEAD_MAX + Duration::from_secs(5));
+        let passed = clock.stamp(Some(seen)).expect("leased");
+        assert!(passed > seen && clock.stamp(None).expect("leased") < seen);
+        clock.reserve(clock.reservation());
+        assert!(clock.stamp(None).expect("leased") > passed);
+        // Nothing is reserved for one that is far ahead.
+        clock.observe(ahead(&clock, FAR_AHEAD * 2));
+        assert!(!is_far_ahead(clock.reservation(), clock.now()));
+    }
+
+    #[tokio::test]
+    async fn who_reserves_is_told_of_a_version_beyond_the_reservation() {
+        let clock = Clock::new(1, None);
+        clock.reserve(clock.reservation());
+        let told = async || {
+            tokio::time::timeout(Duration::ZERO, clock.reservation_wanted())
+                .await
+                .is_ok()
+        };
+        clock.observe(ahead(&clock, OBSERVE_AHEAD_MAX / 2));
+        clock.observe(ahead(&clock, FAR_AHEAD * 2));
+        assert!(!told().await, "nothing that a reservation would change");
+        let seen = ahead(&clock, OBSERVE_AHEAD_MAX + Duration::from_secs(5));
+        clock.observe(seen);
+        assert!(told().await);
+        clock.observe(seen);
+        assert!(!told().await, "once is enough");
     }
 
     #[test]

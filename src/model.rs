@@ -1,7 +1,11 @@
-//! The vocabulary: keys, versions, entries, writes.
+//! The vocabulary: keys, versions, entries, tags, writes.
 //!
 //! Owns what is valid: a [`Key`] or a [`Version`] that exists is a valid one. Of two entries of a key the one with the higher
 //! version stands: that is the one rule, and each tier applies it. Owns no I/O, no clock and no tier.
+
+mod tags;
+
+pub use tags::{TAG_BYTES_MAX, TAGS_MAX, Tags, check_tag};
 
 use std::{
     fmt,
@@ -257,18 +261,30 @@ pub struct Write {
     pub key: Key,
     /// What is written.
     pub entry: Entry,
+    /// What the record is tagged with from now on, in the store alone: those of an earlier write of the key go. A tombstone has none.
+    pub tags: Tags,
 }
 
 impl Write {
     /// [`weight`].
     pub fn weight(&self) -> usize {
-        weight(&self.key, self.entry.value.as_ref())
+        weight(&self.key, self.content_bytes())
+    }
+
+    /// [`content_bytes`].
+    pub fn content_bytes(&self) -> usize {
+        content_bytes(self.entry.value.as_ref(), &self.tags)
     }
 }
 
+/// The size of what a write holds beside its key: its value and its tags, in bytes.
+pub fn content_bytes(value: Option<&Bytes>, tags: &Tags) -> usize {
+    value.map_or(0, Bytes::len) + tags.bytes()
+}
+
 /// What a write is charged wherever bytes are bounded.
-pub fn weight(key: &Key, value: Option<&Bytes>) -> usize {
-    key.bytes() + value.map_or(0, Bytes::len) + ENTRY_OVERHEAD_BYTES
+pub fn weight(key: &Key, content_bytes: usize) -> usize {
+    key.bytes() + content_bytes + ENTRY_OVERHEAD_BYTES
 }
 
 #[cfg(test)]
@@ -309,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_output_shows_no_key_and_no_value() {
+    fn debug_output_shows_no_key_no_value_and_no_tag() {
         let write = Write {
             key: Key::new("orders", "secret-key").expect("valid"),
             entry: Entry {
@@ -317,6 +333,7 @@ mod tests {
                 value: Some(Bytes::from_static(b"secret-value")),
                 expires_at: None,
             },
+            tags: Tags::new(&["secret-tag"]).expect("valid"),
         };
         assert!(!format!("{write:?}").contains("secret"));
     }

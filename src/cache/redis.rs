@@ -293,7 +293,7 @@ impl RedisCache {
         hold: Hold,
         grace: Duration,
     ) -> Result<Published, RedisFailure> {
-        let Write { key, entry } = write;
+        let (key, entry) = (&write.key, &write.entry);
         let message = self.message(Message::Written {
             key: key.clone(),
             version: entry.version,

@@ -18,7 +18,7 @@ pub use self::url::Url;
 
 use crate::{
     cache::{memory, redis},
-    model::{KEY_BYTES_MAX, NAMESPACE_BYTES_MAX, check_namespace},
+    model::{KEY_BYTES_MAX, NAMESPACE_BYTES_MAX, Tags, check_namespace},
     namespace::{NamespaceSettings, Namespaces},
     operations,
     queue::{self, journal},
@@ -236,7 +236,7 @@ impl Config {
         let longest = self
             .rpc
             .value_bytes_max
-            .saturating_add(NAMESPACE_BYTES_MAX + KEY_BYTES_MAX);
+            .saturating_add(NAMESPACE_BYTES_MAX + KEY_BYTES_MAX + Tags::BYTES_MAX);
         if longest > self.journal.write_bytes_max() {
             let reason = format!(
                 "is too small for rpc.value_bytes_max: the longest write has {longest} bytes, and a segment takes writes of up to {}",

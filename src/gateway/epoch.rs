@@ -86,10 +86,11 @@ impl Gateway {
                 }
             }
             current => {
+                let readable_from = next.readable_from;
                 sharing.epochs.adopt(next);
                 if current.is_some() {
-                    // Under the new one nothing lies that this replica could have failed to tell of.
-                    sharing.repairs.forget();
+                    // Under the new one nothing was filled before then.
+                    sharing.repairs.forget_before(readable_from);
                     parts.flights.detach_all();
                     self.in_memory(Memory::drop_all).await?;
                 }

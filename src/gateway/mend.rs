@@ -14,7 +14,7 @@ use tokio::{
 use super::Gateway;
 use crate::{
     cache::redis::{Hold, KEPT_MIN, RedisFailure},
-    model::{Key, Version, Write},
+    model::{Key, Tags, Timestamp, Version, Write},
     queue::PendingEntry,
 };
 
@@ -35,13 +35,15 @@ impl Gateway {
         loop {
             sleep(REPAIR_INTERVAL).await;
             let repairs = &self.parts().sharing.repairs;
-            if repairs.is_empty() || self.redis_is_up() != Some(true) {
+            if repairs.is_settled() || self.redis_is_up() != Some(true) {
                 continue;
             }
-            let some = repairs.some(AT_A_TIME);
+            // What is known now is known of the epoch under which the repairs are made.
+            let known_at = self.parts().sharing.known_at();
+            let some = repairs.some(AT_A_TIME, known_at);
             at_a_time(some, |(key, version)| {
                 let gateway = self.clone();
-                async move { gateway.repair(&key, version).await }
+                async move { gateway.repair(&key, version, known_at).await }
             })
             .await;
         }
@@ -88,7 +90,7 @@ impl Gateway {
         }
     }
 
-    async fn repair(&self, key: &Key, version: Version) {
+    async fn repair(&self, key: &Key, version: Version, known_at: Timestamp) {
         let Some(redis) = &self.inner.redis else {
             return;
         };
@@ -97,7 +99,7 @@ impl Gateway {
             None => redis.purge(key, version).await,
         };
         if mended.is_ok() {
-            self.parts().sharing.repairs.done(key, version);
+            self.parts().sharing.repairs.done(key, version, known_at);
         }
     }
 
@@ -134,6 +136,8 @@ impl Gateway {
         let write = Write {
             key: key.clone(),
             entry,
+            // Of no concern to Redis.
+            tags: Tags::default(),
         };
         let grace = self.grace(key).max(KEPT_MIN);
         redis.publish(&write, &copy, hold, grace).await.map(drop)

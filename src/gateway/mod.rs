@@ -52,7 +52,7 @@ use crate::{
     },
     clock::Clock,
     error::{Error, ErrorKind},
-    model::{Entry, Key, Source, Timestamp, Version, Write},
+    model::{Entry, Key, Source, Tags, Timestamp, Version, Write},
     namespace::{Namespaces, WriteMode},
     queue::{Dropped, Notice, Queue, journal::Lane},
     store::{Store, commit::GroupCommit, load::GroupLoad},
@@ -104,6 +104,8 @@ pub struct WriteRequest {
     pub key: Key,
     /// The value; `None` deletes.
     pub value: Option<Bytes>,
+    /// What the record is tagged with; none for a delete.
+    pub tags: Tags,
     /// How long the record exists.
     pub ttl: Option<Duration>,
     /// When to answer; `None`: as the namespace is configured.

@@ -28,6 +28,8 @@ pub(super) struct Repairs {
 #[derive(Debug, Default)]
 struct Waiting {
     keys: HashMap<Key, Repair, RandomState>,
+    /// How many of them are not provisional.
+    open: usize,
     /// Since when more than can be remembered was to be.
     overflowed: Option<Timestamp>,
 }
@@ -37,55 +39,88 @@ struct Repair {
     /// What is older than this must go.
     version: Version,
     since: Timestamp,
+    /// It went, under the epoch that was gone by then; it is not known yet whether that one still held.
+    provisional: bool,
 }
 
 impl Repairs {
     /// What is older than `version` may stand in Redis, since `now`.
     pub(super) fn add(&self, key: &Key, version: Version, now: Timestamp) {
         let mut waiting = self.waiting.lock();
+        let waiting = &mut *waiting;
         let full = waiting.keys.len() >= REPAIRS_MAX;
         match waiting.keys.entry(key.clone()) {
             hash_map::Entry::Occupied(mut known) => {
                 let known = known.get_mut();
+                if known.provisional {
+                    known.since = now;
+                    known.provisional = false;
+                    waiting.open += 1;
+                }
                 known.version = known.version.max(version);
             }
             hash_map::Entry::Vacant(slot) if !full => {
-                slot.insert(Repair { version, since: now });
+                slot.insert(Repair {
+                    version,
+                    since: now,
+                    provisional: false,
+                });
+                waiting.open += 1;
             }
             hash_map::Entry::Vacant(_) => {
                 waiting.overflowed.get_or_insert(now);
             }
         }
-        self.any.store(true, Ordering::Release);
+        self.note(waiting);
     }
 
-    /// Whether there is nothing to repair.
+    /// Whether nothing older stands under the epoch that is gone by.
     pub(super) fn is_empty(&self) -> bool {
         !self.any.load(Ordering::Acquire)
     }
 
-    /// Some of what is to be repaired, at most `limit`.
-    pub(super) fn some(&self, limit: usize) -> Vec<(Key, Version)> {
+    /// Whether there is nothing to do at all.
+    pub(super) fn is_settled(&self) -> bool {
+        self.is_empty() && self.waiting.lock().keys.is_empty()
+    }
+
+    /// Some of what is to be repaired, at most `limit`, where the epoch that is gone by is known to hold at `known_at`.
+    pub(super) fn some(&self, limit: usize, known_at: Timestamp) -> Vec<(Key, Version)> {
         let waiting = self.waiting.lock();
-        let some = waiting.keys.iter().take(limit);
+        let due = |repair: &Repair| !repair.provisional || repair.since <= known_at;
+        let some = waiting.keys.iter().filter(|(_, repair)| due(repair)).take(limit);
         some.map(|(key, repair)| (key.clone(), repair.version)).collect()
     }
 
-    /// What is older than `version` is gone.
-    pub(super) fn done(&self, key: &Key, version: Version) {
+    /// What is older than `version` is gone, under the epoch that is known to hold at `known_at`: for good, if that is after the failure.
+    pub(super) fn done(&self, key: &Key, version: Version, known_at: Timestamp) {
         let mut waiting = self.waiting.lock();
-        if let hash_map::Entry::Occupied(known) = waiting.keys.entry(key.clone())
+        let waiting = &mut *waiting;
+        if let hash_map::Entry::Occupied(mut known) = waiting.keys.entry(key.clone())
             && known.get().version <= version
         {
-            known.remove();
+            if !known.get().provisional {
+                waiting.open -= 1;
+            }
+            if known.get().since <= known_at {
+                known.remove();
+            } else {
+                known.get_mut().provisional = true;
+            }
         }
-        self.note(&waiting);
+        self.note(waiting);
     }
 
-    /// Nobody reads any more what was to be repaired.
-    pub(super) fn forget(&self) {
+    /// A new epoch is gone by, under which nothing was filled before `then`: what had failed by then is in the store for every fill. What
+    /// failed later is to be repaired under it.
+    pub(super) fn forget_before(&self, then: Timestamp) {
         let mut waiting = self.waiting.lock();
-        *waiting = Waiting::default();
+        waiting.keys.retain(|_, repair| repair.since >= then);
+        for repair in waiting.keys.values_mut() {
+            repair.provisional = false;
+        }
+        waiting.open = waiting.keys.len();
+        waiting.overflowed = waiting.overflowed.filter(|since| *since >= then);
         self.note(&waiting);
     }
 
@@ -95,14 +130,14 @@ impl Repairs {
             return None;
         }
         let waiting = self.waiting.lock();
-        let oldest = waiting.keys.values().map(|repair| repair.since);
-        let oldest = oldest.chain(waiting.overflowed).min()?;
+        let open = waiting.keys.values().filter(|repair| !repair.provisional);
+        let oldest = open.map(|repair| repair.since).chain(waiting.overflowed).min()?;
         Some((oldest, waiting.overflowed.is_some()))
     }
 
     /// Under the lock, so that an addition meanwhile is not unsaid.
     fn note(&self, waiting: &Waiting) {
-        let any = !waiting.keys.is_empty() || waiting.overflowed.is_some();
+        let any = waiting.overflowed.is_some() || waiting.open > 0;
         self.any.store(any, Ordering::Release);
     }
 }
@@ -110,6 +145,8 @@ impl Repairs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LATER: Timestamp = Timestamp(1_000);
 
     fn key(number: usize) -> Key {
         Key::new("test", &number.to_string()).expect("valid")
@@ -126,15 +163,38 @@ mod tests {
         repairs.add(&key(1), version(5), Timestamp(10));
         repairs.add(&key(1), version(9), Timestamp(20));
         repairs.add(&key(1), version(7), Timestamp(30));
-        assert_eq!(repairs.some(10), [(key(1), version(9))]);
+        assert_eq!(repairs.some(10, LATER), [(key(1), version(9))]);
         assert_eq!(repairs.since(), Some((Timestamp(10), false)));
-        repairs.done(&key(1), version(5));
-        assert!(
-            !repairs.is_empty(),
-            "the later failure is not repaired by an earlier repair"
-        );
-        repairs.done(&key(1), version(9));
-        assert!(repairs.is_empty());
+        repairs.done(&key(1), version(5), LATER);
+        assert!(!repairs.is_empty(), "the later failure is not repaired by an earlier repair");
+        repairs.done(&key(1), version(9), LATER);
+        assert!(repairs.is_settled());
+    }
+
+    #[test]
+    fn a_repair_under_an_epoch_that_may_have_been_over_is_made_once_more() {
+        let repairs = Repairs::default();
+        repairs.add(&key(1), version(5), Timestamp(10));
+        repairs.done(&key(1), version(5), Timestamp(9));
+        assert!(repairs.is_empty() && !repairs.is_settled() && repairs.since().is_none());
+        assert_eq!(repairs.some(10, Timestamp(9)), [], "nothing new is known");
+        assert_eq!(repairs.some(10, Timestamp(10)), [(key(1), version(5))]);
+        // It fails again meanwhile.
+        repairs.add(&key(1), version(6), Timestamp(20));
+        assert_eq!(repairs.since(), Some((Timestamp(20), false)));
+        repairs.done(&key(1), version(6), Timestamp(20));
+        assert!(repairs.is_settled());
+    }
+
+    #[test]
+    fn a_new_epoch_makes_good_what_failed_before_its_first_fill() {
+        let repairs = Repairs::default();
+        repairs.add(&key(1), version(5), Timestamp(10));
+        repairs.add(&key(2), version(5), Timestamp(20));
+        repairs.done(&key(2), version(5), Timestamp(9));
+        repairs.forget_before(Timestamp(20));
+        assert!(!repairs.is_empty(), "it was repaired under the epoch before");
+        assert_eq!(repairs.some(10, Timestamp(9)), [(key(2), version(5))]);
     }
 
     #[test]
@@ -146,12 +206,12 @@ mod tests {
         assert_eq!(repairs.since(), Some((Timestamp(50), false)));
         repairs.add(&key(REPAIRS_MAX), version(1), Timestamp(60));
         assert_eq!(repairs.since(), Some((Timestamp(50), true)));
-        for (key, version) in repairs.some(usize::MAX) {
-            repairs.done(&key, version);
+        for (key, version) in repairs.some(usize::MAX, LATER) {
+            repairs.done(&key, version, LATER);
         }
         assert!(!repairs.is_empty(), "what was not remembered is not repaired");
         assert_eq!(repairs.since(), Some((Timestamp(60), true)));
-        repairs.forget();
-        assert!(repairs.is_empty());
+        repairs.forget_before(LATER);
+        assert!(repairs.is_settled());
     }
 }

@@ -75,9 +75,13 @@ impl Sharing {
         }
     }
 
+    /// Up to when what is known of the epoch is known to hold.
+    pub(super) fn known_at(&self) -> Timestamp {
+        Timestamp(self.asked_at.load(Ordering::Acquire))
+    }
+
     /// Whether the control row was looked at so lately that the epoch which this replica goes by is filled by nobody's old knowledge.
     pub(super) fn is_known(&self, now: Timestamp) -> bool {
-        let asked_at = Timestamp(self.asked_at.load(Ordering::Acquire));
-        now.since(asked_at) <= EPOCH_KNOWN
+        now.since(self.known_at()) <= EPOCH_KNOWN
     }
 }

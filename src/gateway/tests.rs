@@ -19,7 +19,7 @@ use super::*;
 use crate::{
     cache::memory,
     error::Outcome,
-    model::{NODE_BITS, VERSION_EPOCH_MILLIS, Write},
+    model::{NODE_BITS, Tags, VERSION_EPOCH_MILLIS, Write},
     namespace::{BehindDurability, NamespaceSettings, QueueFull},
     queue::{
         self,
@@ -229,6 +229,7 @@ impl Rig {
                 value: Some(Bytes::copy_from_slice(value.as_bytes())),
                 expires_at: None,
             },
+            tags: Tags::default(),
         });
     }
 }
@@ -243,6 +244,7 @@ fn put(name: &str, value: &str, mode: WriteMode) -> WriteRequest {
         value: Some(Bytes::copy_from_slice(value.as_bytes())),
         ttl: None,
         mode: Some(mode),
+        tags: Tags::default(),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     cache::redis::{Hold, Published},
     clock::NoStamp,
     error::{Error, ErrorKind},
-    model::{Entry, Key, Timestamp, Version, Write},
+    model::{Entry, Key, Tags, Timestamp, Version, Write, content_bytes},
     namespace::WriteMode,
     queue::{Admission, Claim},
     store::Committed,
@@ -27,6 +27,7 @@ const LAST_WORD_WAIT: Duration = Duration::from_millis(50);
 struct Draft {
     key: Key,
     value: Option<Bytes>,
+    tags: Tags,
     expires_at: Option<Timestamp>,
     deadline: Instant,
 }
@@ -40,6 +41,7 @@ impl Draft {
                 value: self.value.clone(),
                 expires_at: self.expires_at,
             },
+            tags: self.tags.clone(),
         }
     }
 }
@@ -65,6 +67,7 @@ impl Gateway {
             expires_at: request.ttl.map(|ttl| self.parts().clock.now().after(ttl)),
             key: request.key,
             value: request.value,
+            tags: request.tags,
             deadline,
         };
         self.parts().clock.can_stamp().map_err(not_stamped)?;
@@ -72,8 +75,8 @@ impl Gateway {
             return self.write_through(draft).await;
         }
         // Nothing has happened before this is granted: a caller that goes away while it waits has written nothing.
-        let (key, value) = (&draft.key, draft.value.as_ref());
-        let admission = (self.parts().queue).admit(key, value, settings.durability, settings.queue_full, deadline);
+        let (key, bytes) = (&draft.key, content_bytes(draft.value.as_ref(), &draft.tags));
+        let admission = (self.parts().queue).admit(key, bytes, settings.durability, settings.queue_full, deadline);
         match admission.await? {
             Admission::Granted(claim) => self.write_behind(draft, claim, settings.write_delay).await,
             Admission::WriteThrough => self.write_through(draft).await,

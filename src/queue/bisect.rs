@@ -142,7 +142,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Entry, Key, Version},
+        model::{Entry, Key, Tags, Version},
         store::StoreErrorKind,
     };
 
@@ -154,6 +154,7 @@ mod tests {
                 value: None,
                 expires_at: None,
             },
+            tags: Tags::default(),
         };
         (0..count).map(row).collect()
     }

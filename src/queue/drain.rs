@@ -326,7 +326,7 @@ impl Worker {
             Ok(()) => {
                 self.burials.succeeded();
                 self.metrics.dead_letters.inc();
-                let Write { key, entry } = &letter.write;
+                let Write { key, entry, .. } = &letter.write;
                 let end = |pending: &mut Pending<Held>| pending.end(key, entry.version);
                 let left = self.shared.change(self.shard(), end);
                 left.into_iter().for_each(Held::release);
@@ -437,7 +437,7 @@ async fn at(instant: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Entry, Key, Version};
+    use crate::model::{Entry, Key, Tags, Version};
 
     #[test]
     fn a_key_taken_twice_is_committed_once_as_the_newer() {
@@ -448,6 +448,7 @@ mod tests {
                 value: None,
                 expires_at: None,
             },
+            tags: Tags::default(),
         };
         let batch = sorted(vec![write("b", 1), write("c", 5), write("a", 9), write("b", 4)]);
         assert_eq!(batch, [write("a", 9), write("b", 4), write("c", 5)]);

@@ -38,7 +38,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use tokio::{
@@ -243,7 +242,7 @@ impl Queue {
         self.shared.journal.lane()
     }
 
-    /// Claims room for a write of a key: in the queue, and in the journal if it is to rest on that. Where there is none, does as `full` says.
+    /// Claims room for a write of a key with so many [`content_bytes`](crate::model::content_bytes): in the queue, and in the journal if it is to rest on that. Where there is none, does as `full` says.
     /// Cancel-safe: who stops waiting has claimed nothing.
     ///
     /// A write that is to rest on memory rests on the journal where one that does is pending: a crash must not uncover that one.
@@ -255,15 +254,15 @@ impl Queue {
     pub async fn admit(
         &self,
         key: &Key,
-        value: Option<&Bytes>,
+        content_bytes: usize,
         durability: BehindDurability,
         full: QueueFull,
         deadline: Instant,
     ) -> Result<Admission, Error> {
         let shared = &self.shared;
-        let weight = weight(key, value);
+        let weight = weight(key, content_bytes);
         let journaled = durability == BehindDurability::Journal || self.is_journaled(key);
-        let record_bytes = journaled.then(|| key.bytes() + value.map_or(0, Bytes::len));
+        let record_bytes = journaled.then(|| key.bytes() + content_bytes);
         let message = match self.claim_unless_full(weight, record_bytes, deadline).await? {
             Ok(claim) => return Ok(Admission::Granted(claim)),
             Err(message) => message,
@@ -347,7 +346,7 @@ impl Queue {
             return Ok(Held { permit, record });
         };
         record.release();
-        let bytes = write.key.bytes() + write.entry.value_bytes();
+        let bytes = write.key.bytes() + write.content_bytes();
         let room = Some(self.shared.journal.room(bytes, deadline).await?);
         self.append(lane, Claim { permit, room }, write, deadline).await
     }

@@ -19,7 +19,7 @@ use foldhash::fast::RandomState;
 pub(super) use self::shares::Share;
 
 use self::shares::Shares;
-use crate::model::{Entry, Key, Timestamp, Version, Write};
+use crate::model::{Entry, Key, Tags, Timestamp, Version, Write};
 
 /// What a write holds for as long as it is pending.
 pub(super) trait Payload {
@@ -86,6 +86,7 @@ enum Course {
 #[derive(Debug)]
 struct Slot<P> {
     entry: Entry,
+    tags: Tags,
     /// [`Write::weight`] of the entry under its key.
     weight: usize,
     payload: P,
@@ -174,7 +175,7 @@ impl<P: Payload> Pending<P> {
         unconfirmed: bool,
     ) -> Offered<P> {
         let weight = write.weight();
-        let Write { key, entry } = write;
+        let Write { key, entry, tags } = write;
         let stored = self.passing.get(&key).and_then(|passing| passing.stored);
         if stored.is_some_and(|stored| entry.version <= stored) {
             return Offered::Refused(payload);
@@ -187,6 +188,7 @@ impl<P: Payload> Pending<P> {
                 self.bytes += weight;
                 vacant.insert(Slot {
                     entry,
+                    tags,
                     weight,
                     payload,
                     unconfirmed,
@@ -204,6 +206,7 @@ impl<P: Payload> Pending<P> {
                 self.bytes = self.bytes - slot.weight + weight;
                 self.shares.reweigh(&key, slot.weight, weight);
                 slot.entry = entry;
+                slot.tags = tags;
                 slot.weight = weight;
                 slot.unconfirmed = unconfirmed;
                 if let Course::InFlight { next, .. } = &mut slot.course
@@ -239,6 +242,7 @@ impl<P: Payload> Pending<P> {
             let write = Write {
                 key,
                 entry: slot.entry.clone(),
+                tags: slot.tags.clone(),
             };
             bytes += slot.weight;
             taken.push(write);
@@ -427,6 +431,7 @@ mod tests {
                 value: (version % 3 != 0).then(|| Bytes::from(vec![0; (version % 7) as usize * 10])),
                 expires_at: None,
             },
+            tags: Tags::default(),
         }
     }
 
@@ -675,7 +680,7 @@ mod tests {
             // Each try succeeds in turn; what is newer than it goes next.
             while pending.entries() > 0 {
                 let last = tried.last().cloned();
-                if let Some(Write { key, entry }) = last {
+                if let Some(Write { key, entry, .. }) = last {
                     let _ = pending.settle(&key, entry.version);
                 }
                 tried.extend(pending.take(Timestamp(0), 1, usize::MAX, false));

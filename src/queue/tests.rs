@@ -20,7 +20,7 @@ use tokio::{
 use super::*;
 use crate::{
     error::Outcome,
-    model::Entry,
+    model::{Entry, Tags},
     queue::journal::sim,
     store::{
         StoreErrorKind,
@@ -90,8 +90,14 @@ fn rig_on(
 
 /// Asks for room for a write that is to rest on memory.
 async fn admit(queue: &Queue, write: &Write, full: QueueFull, deadline: Instant) -> Result<Admission, Error> {
-    let (key, value) = (&write.key, write.entry.value.as_ref());
-    queue.admit(key, value, BehindDurability::Memory, full, deadline).await
+    let admission = queue.admit(
+        &write.key,
+        write.content_bytes(),
+        BehindDurability::Memory,
+        full,
+        deadline,
+    );
+    admission.await
 }
 
 impl Rig {
@@ -186,6 +192,7 @@ fn write(name: &str, number: i64) -> Write {
             value: Some(Bytes::from(number.to_be_bytes().to_vec())),
             expires_at: None,
         },
+        tags: Tags::default(),
     }
 }
 

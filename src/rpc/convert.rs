@@ -11,7 +11,7 @@ use prost_types::Timestamp as ProtoTimestamp;
 use crate::{
     error::{Error, FieldViolation},
     gateway::{Durability, Found, Freshness, ReadConsistency, ReadOptions, WriteRequest, Written},
-    model::{Key, Source, Timestamp, Version},
+    model::{Key, Source, Tags, Timestamp, Version},
     namespace::WriteMode,
     rpc::proto,
 };
@@ -54,11 +54,13 @@ pub(crate) fn put(request: proto::PutRequest, value_bytes_max: usize) -> Result<
     }
     let mode = write_mode(request.write_mode, &mut violations);
     let ttl = request.ttl.and_then(|ttl| self::ttl(ttl, &mut violations));
+    let tags = tags(&request.tags, &mut violations);
     match key {
         Some(key) if violations.is_empty() => Ok(WriteRequest {
             key,
             value: Some(own(request.value)),
             ttl,
+            tags,
             mode,
         }),
         _ => Err(Error::invalid(violations)),
@@ -73,6 +75,7 @@ pub(crate) fn delete(request: &proto::DeleteRequest) -> Result<WriteRequest, Err
         Some(key) if violations.is_empty() => Ok(WriteRequest {
             key,
             value: None,
+            tags: Tags::default(),
             ttl: None,
             mode,
         }),
@@ -211,6 +214,15 @@ fn min_version(number: i64, violations: &mut Vec<FieldViolation>) -> Option<Vers
     Version::new(number)
 }
 
+fn tags(tags: &[String], violations: &mut Vec<FieldViolation>) -> Tags {
+    Tags::new(tags).unwrap_or_else(|broken| {
+        for description in broken {
+            violate(violations, "tags", description);
+        }
+        Tags::default()
+    })
+}
+
 fn own(value: Bytes) -> Bytes {
     if value.len() < KEEP_BUFFER_BYTES {
         Bytes::copy_from_slice(&value)
@@ -256,9 +268,21 @@ mod tests {
             value: Bytes::from_static(b"12345678901"),
             write_mode: 7,
             ttl: Some(prost_types::Duration { seconds: -1, nanos: 0 }),
+            tags: vec![String::new(), "fine".into(), "a\0b".into()],
         };
         let error = put(request, 10).expect_err("all wrong");
-        assert_eq!(fields(&error), ["namespace", "key", "value", "write_mode", "ttl"]);
+        let wrong = ["namespace", "key", "value", "write_mode", "ttl", "tags", "tags"];
+        assert_eq!(fields(&error), wrong);
+    }
+
+    #[test]
+    fn tags_are_joined_and_go_with_the_write() {
+        let tagged = proto::PutRequest {
+            tags: vec!["b".into(), "a".into(), "b".into()],
+            ..put_request()
+        };
+        let write = put(tagged, 10).expect("valid");
+        assert_eq!(write.tags.iter().collect::<Vec<_>>(), ["a", "b"]);
     }
 
     #[test]

@@ -63,7 +63,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Entry, Key, Version, Write},
+        model::{Entry, Key, Tags, Version, Write},
         store::{
             StoreErrorKind,
             fake::{Call, FakeBackend, Fault},
@@ -78,6 +78,7 @@ mod tests {
                 value: value.map(Bytes::from_static),
                 expires_at: None,
             },
+            tags: Tags::default(),
         });
     }
 

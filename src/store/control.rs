@@ -22,6 +22,8 @@ use crate::{
 
 /// Between two reads, from question to question.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// From question to question at the least, however often the task is woken: the wake-ups come from outside.
+const INTERVAL_WOKEN: Duration = Duration::from_millis(20);
 /// How long a read may take, connecting included: shorter than other calls, for it is small, and others wait for what it says.
 const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// A read that took longer says nothing about the clocks: when in between the store looked at its own is not known.
@@ -66,7 +68,7 @@ pub struct Known {
 /// Where to look for what is known: `None` until the store has answered once.
 pub type Follower = watch::Receiver<Option<Known>>;
 
-/// Starts following the control row, on the current runtime: reads it each second, and at once when `wake` is notified. What is known is `None`
+/// Starts following the control row, on the current runtime: reads it each second, and within 20 ms when `wake` is notified. What is known is `None`
 /// until a first read succeeds, and then what the last one that did has found. Keeps the clock's offset current. Ends when `stop` is
 /// cancelled.
 #[must_use = "a task that ends before it was told to has died"]
@@ -108,7 +110,7 @@ async fn read_on(store: &Store, clock: &Clock, wake: &Notify, known: &watch::Sen
         // while a read runs is kept: it may be about what that read was too early for.
         tokio::select! {
             () = sleep_until(asked_at + INTERVAL) => {}
-            () = wake.notified() => {}
+            () = wake.notified() => sleep_until(asked_at + INTERVAL_WOKEN).await,
         }
     }
 }
@@ -219,7 +221,25 @@ mod tests {
         let woken = Instant::now();
         follower.wake.notify_one();
         eventually(|| follower.epoch() == Some(Epoch(2))).await;
-        assert!(woken.elapsed() <= Duration::from_millis(5), "{:?}", woken.elapsed());
+        assert!(
+            woken.elapsed() <= INTERVAL_WOKEN + Duration::from_millis(5),
+            "{:?}",
+            woken.elapsed()
+        );
+        follower.end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn wake_ups_without_end_ask_the_store_a_few_times() {
+        let follower = Following::of(FakeBackend::new());
+        eventually(|| follower.epoch().is_some()).await;
+        let begun = Instant::now();
+        while begun.elapsed() < INTERVAL {
+            follower.wake.notify_one();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let reads = follower.fake.calls(Call::Control);
+        assert!((20..=52).contains(&reads), "{reads}");
         follower.end().await;
     }
 
@@ -237,7 +257,11 @@ mod tests {
         let woken = Instant::now();
         released.notify_one();
         eventually(|| follower.epoch() == Some(Epoch(2))).await;
-        assert!(woken.elapsed() <= Duration::from_millis(5), "{:?}", woken.elapsed());
+        assert!(
+            woken.elapsed() <= INTERVAL_WOKEN + Duration::from_millis(5),
+            "{:?}",
+            woken.elapsed()
+        );
         follower.end().await;
     }
 

@@ -8,6 +8,7 @@
 //! [`FakeBackend::script`]; none of them: it takes effect at once. All time is tokio's, so tests may pause it.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashMap, VecDeque},
     mem,
     sync::Arc,
@@ -23,7 +24,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    model::{Entry, Epoch, Key, Timestamp, Version, Write},
+    model::{Entry, Epoch, Key, Tags, Timestamp, Version, Write},
     store::{
         Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE,
         NamespaceMoved, NodeGrant, Store, StoreError, StoreErrorKind,
@@ -57,6 +58,12 @@ pub enum Call {
     MoveEpoch,
     /// [`Connection::move_namespace_epoch`].
     MoveNamespaceEpoch,
+    /// [`Connection::tagged`].
+    Tagged,
+    /// [`Connection::keys_below`].
+    KeysBelow,
+    /// [`Connection::newest`].
+    Newest,
 }
 
 /// What goes wrong in one call: first what it waits for, then how it ends.
@@ -156,6 +163,7 @@ type Reject = Box<dyn Fn(&Write) -> bool + Send>;
 
 struct Row {
     entry: Entry,
+    tags: Tags,
     committed_at: Timestamp,
 }
 
@@ -395,16 +403,23 @@ impl State {
     fn apply(&mut self, writes: &[Write]) -> Vec<Committed> {
         let committed_at = self.clock.now();
         let mut results = Vec::with_capacity(writes.len());
-        for Write { key, entry } in writes {
+        for Write { key, entry, tags } in writes {
             let standing = self.rows.get(key).map(|row| row.entry.version);
             results.push(match (standing, self.horizon) {
                 (Some(standing), _) if standing > entry.version => Committed::Superseded { standing },
                 (Some(standing), _) if standing == entry.version => Committed::Applied,
                 (None, Some(horizon)) if entry.version <= horizon => Committed::BelowHorizon { horizon },
                 _ => {
-                    let entry = entry.clone();
+                    let (entry, tags) = (entry.clone(), tags.clone());
                     self.history.entry(key.clone()).or_default().push(entry.version);
-                    self.rows.insert(key.clone(), Row { entry, committed_at });
+                    self.rows.insert(
+                        key.clone(),
+                        Row {
+                            entry,
+                            tags,
+                            committed_at,
+                        },
+                    );
                     Committed::Applied
                 }
             });
@@ -485,6 +500,25 @@ impl State {
         } else {
             self.set_epoch(to);
         }
+    }
+
+    /// The keys of a namespace that have such a row, in order.
+    fn keys(&self, namespace: &str, after: Option<&str>, limit: u32, wanted: impl Fn(&Key, &Row) -> bool) -> Vec<Key> {
+        let rows = self.rows.iter().filter(|(key, row)| {
+            key.namespace() == namespace && after.is_none_or(|after| key.key() > after) && wanted(key, row)
+        });
+        let mut keys: Vec<Key> = rows.map(|(key, _)| key.clone()).collect();
+        keys.sort_unstable();
+        keys.truncate(limit as usize);
+        keys
+    }
+
+    fn newest(&self, namespace: &str, limit: u32) -> Vec<Key> {
+        let now = self.control().now;
+        let mut keys = self.keys(namespace, None, u32::MAX, |_, row| row.entry.is_live(now));
+        keys.sort_by_key(|key| Reverse(self.rows.get(key).map(|row| row.entry.version)));
+        keys.truncate(limit as usize);
+        keys
     }
 
     fn collect(&mut self, retention: Duration, rows_max: u32) -> u64 {
@@ -713,7 +747,112 @@ impl Connection for FakeConnection {
         .await
     }
 
+    async fn tagged(
+        &mut self,
+        namespace: &str,
+        tag: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let has_tag = |_: &Key, row: &Row| row.tags.iter().any(|own| own == tag);
+        self.call(Call::Tagged, |state| Ok(state.keys(namespace, after, limit, has_tag)))
+            .await
+    }
+
+    async fn keys_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let has_prefix = |key: &Key, _: &Row| key.key().starts_with(prefix);
+        self.call(Call::KeysBelow, |state| {
+            Ok(state.keys(namespace, after, limit, has_prefix))
+        })
+        .await
+    }
+
+    async fn newest(&mut self, namespace: &str, limit: u32) -> Result<Vec<Key>, StoreError> {
+        self.call(Call::Newest, |state| Ok(state.newest(namespace, limit)))
+            .await
+    }
+
     fn reset(&mut self) {
         self.in_call = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(namespace: &str, name: &str, number: i64, tags: &[&str]) -> Write {
+        Write {
+            key: Key::new(namespace, name).expect("valid"),
+            entry: Entry {
+                version: Version::new(number).expect("positive"),
+                value: (number != 4).then(|| "v".into()),
+                expires_at: (number == 3).then_some(Timestamp(1)),
+            },
+            tags: Tags::new(tags).expect("valid"),
+        }
+    }
+
+    fn names(keys: &[Key]) -> Vec<&str> {
+        keys.iter().map(Key::key).collect()
+    }
+
+    /// Their contract, in short: the real backends prove it at length.
+    #[tokio::test]
+    async fn keys_are_found_as_in_the_real_stores() {
+        let fake = FakeBackend::new();
+        for (namespace, name, number, tags) in [
+            ("orders", "b", 1, &["red"][..]),
+            ("orders", "a", 2, &["red", "blue"]),
+            ("orders", "expired", 3, &["red"]),
+            ("orders", "deleted", 4, &[]),
+            ("orders", "bb", 5, &[]),
+            ("carts", "a", 6, &["red"]),
+        ] {
+            fake.put(write(namespace, name, number, tags));
+        }
+        let mut session = fake.store().session();
+        let tagged = session.tagged("orders", "red", Some("a"), 9).await.expect("found");
+        assert_eq!(names(&tagged), ["b", "expired"]);
+        let below = session.keys_below("orders", "", None, 3).await.expect("found");
+        assert_eq!(names(&below), ["a", "b", "bb"]);
+        let below = session.keys_below("orders", "b", None, 9).await.expect("found");
+        assert_eq!(names(&below), ["b", "bb"]);
+        let newest = session.newest("orders", 2).await.expect("found");
+        assert_eq!(names(&newest), ["bb", "a"]);
+    }
+
+    #[tokio::test]
+    async fn epochs_move_as_in_the_real_stores() {
+        let fake = FakeBackend::new();
+        let mut session = fake.store().session();
+        session.move_namespace_epoch("orders", Epoch(5)).await.expect("moved");
+        assert!(
+            !session
+                .move_epoch(Epoch(9), Epoch(2), Some("a"))
+                .await
+                .expect("answers")
+        );
+        let control = session.control().await.expect("read");
+        assert_eq!(
+            (control.epoch, control.cache_server, control.namespaces.len()),
+            (Epoch(1), None, 1)
+        );
+        assert!(
+            session
+                .move_epoch(Epoch(1), Epoch(2), Some("a"))
+                .await
+                .expect("answers")
+        );
+        assert!(session.move_epoch(Epoch(2), Epoch(3), None).await.expect("answers"));
+        let control = session.control().await.expect("read");
+        assert_eq!((control.epoch, control.namespaces.len()), (Epoch(3), 0));
+        assert_eq!(control.cache_server.as_deref(), Some("a"));
     }
 }

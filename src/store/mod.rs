@@ -19,6 +19,7 @@ mod gather;
 pub mod load;
 pub mod node;
 pub mod postgres;
+mod prefix;
 mod session;
 pub mod sqlite;
 mod verdict;
@@ -102,7 +103,7 @@ impl fmt::Display for StoreError {
 
 impl error::Error for StoreError {}
 
-/// A write that the store refuses for good, as the dead-letter table keeps it.
+/// A write that the store refuses for good, as the dead-letter table keeps it: without its tags, by which it could be found only among the entries.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
     /// The refused write, under its own version.
@@ -257,6 +258,45 @@ pub trait Connection: Send {
     /// own: for one more, `to` becomes the epoch of the whole shared cache, which invalidates this namespace with all others.
     async fn move_namespace_epoch(&mut self, namespace: &str, to: Epoch) -> Result<(), StoreError>;
 
+    /// The keys of a namespace whose records have a tag, live or not, in order, from the first one after `after`; at most `limit`. If they are
+    /// fewer there are no more. Goes through all records of any namespace that have the tag, each time.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Transient`], too, when a row has a key that no gateway wrote.
+    async fn tagged(
+        &mut self,
+        namespace: &str,
+        tag: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError>;
+
+    /// The keys of a namespace that begin with `prefix` (the empty one is every key's) and have a row, live or not, in order, from the first one
+    /// after `after`; at most `limit`. If they are fewer there are no more. A prefix holds no NUL.
+    ///
+    /// # Errors
+    /// As of [`Connection::tagged`].
+    async fn keys_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError>;
+
+    /// The keys of a namespace's live records, those written last first; at most `limit`. Goes through all rows of the namespace, for an index
+    /// by version would cost every overwrite more: with some millions of them it may not end within the time of a call.
+    ///
+    /// # Errors
+    /// As of [`Connection::tagged`].
+    async fn newest(&mut self, namespace: &str, limit: u32) -> Result<Vec<Key>, StoreError>;
+
     /// Drops the connection: the next call connects anew.
     fn reset(&mut self);
+}
+
+/// A row whose key is none: somebody wrote it past the gateway.
+fn no_key() -> StoreError {
+    let message = "tidegate_entries holds a key that is empty, too long or has a NUL character: mend the row";
+    StoreError::new(StoreErrorKind::Transient, message)
 }

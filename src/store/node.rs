@@ -35,8 +35,10 @@ const _: () = assert!(STAMP_LEASE.as_secs() * 2 <= NODE_LEASE.as_secs());
 
 /// Between two renewals: how far the reported high-water mark can lag.
 const RENEW_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two tries to take the lease from a store that was away when this process started.
-const TAKE_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two tries to take the lease from a store that was away when this process started, or to renew it after a failure.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// From a wish for a reservation to the renewal that brings it.
+const RESERVE_PAUSE: Duration = Duration::from_millis(10);
 /// Tries to give the lease back. A lease that is not given back is kept for this data directory, so no more than a courtesy.
 const RELEASE_TRIES_MAX: u32 = 3;
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
@@ -177,7 +179,18 @@ impl NodeLease {
         // A start without the store has said so.
         let mut failing = !self.taken;
         let mut reserved_at = Instant::now();
-        while stop.run_until_cancelled(sleep(self.interval())).await.is_some() {
+        loop {
+            let interval = self.interval(failing);
+            let due = async {
+                tokio::select! {
+                    () = sleep(interval) => {}
+                    // Not one renewal for each of many that are observed in a row.
+                    () = clock.reservation_wanted() => sleep(RESERVE_PAUSE).await,
+                }
+            };
+            if stop.run_until_cancelled(due).await.is_none() {
+                break;
+            }
             // Not cut off by the stop: the session is needed for the release, and the call is bounded.
             match self.renew(&clock).await {
                 Ok(true) => {
@@ -204,8 +217,12 @@ impl NodeLease {
         self.give_back(&clock).await;
     }
 
-    fn interval(&self) -> Duration {
-        if self.taken { RENEW_INTERVAL } else { TAKE_INTERVAL }
+    fn interval(&self, failing: bool) -> Duration {
+        if self.taken && !failing {
+            RENEW_INTERVAL
+        } else {
+            RETRY_INTERVAL
+        }
     }
 
     /// Renews the lease, with what the clock may be moved to until the next time. Whether the lease is this process's.

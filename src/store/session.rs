@@ -158,6 +158,39 @@ impl Session {
         self.note(result)
     }
 
+    /// [`Connection::tagged`].
+    pub async fn tagged(
+        &mut self,
+        namespace: &str,
+        tag: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let call = self.connection.tagged(namespace, tag, after, limit);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::keys_below`].
+    pub async fn keys_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let call = self.connection.keys_below(namespace, prefix, after, limit);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::newest`].
+    pub async fn newest(&mut self, namespace: &str, limit: u32) -> Result<Vec<Key>, StoreError> {
+        let call = self.connection.newest(namespace, limit);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
     /// Tells the breaker, and drops a connection that a cut-off call left in the middle of something.
     fn note<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
         match &result {

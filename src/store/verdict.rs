@@ -86,7 +86,7 @@ pub(super) fn no_control_row() -> StoreError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Entry;
+    use crate::model::{Entry, Tags};
 
     fn version(number: i64) -> Version {
         Version::new(number).expect("positive")
@@ -101,6 +101,7 @@ mod tests {
                     value: None,
                     expires_at: None,
                 },
+                tags: Tags::default(),
             })
             .to_vec()
     }

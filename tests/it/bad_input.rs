@@ -29,6 +29,7 @@ fn put() -> PutRequest {
         value: Bytes::from_static(b"value"),
         write_mode: Mode::Default.number(),
         ttl: None,
+        tags: Vec::new(),
     }
 }
 
@@ -198,6 +199,20 @@ async fn bad_options_of_a_read_are_named() {
         };
         gateway.client.stub().get(request).await.expect("the request is good");
     }
+}
+
+#[tokio::test]
+async fn bad_tags_are_named_each() {
+    let (gateway, database) = gateway().await;
+    let tagged = |tags: &[&str]| PutRequest {
+        tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
+        ..put()
+    };
+    assert_put_is_blamed_on(&gateway, &tagged(&["fine", ""]), &["tags"]).await;
+    assert_put_is_blamed_on(&gateway, &tagged(&[&"t".repeat(129)]), &["tags"]).await;
+    assert_put_is_blamed_on(&gateway, &tagged(&["same"; 17]), &["tags"]).await;
+    assert_put_is_blamed_on(&gateway, &tagged(&["", "fine", "a\0b"]), &["tags", "tags"]).await;
+    assert_nothing_changed(&gateway, &database).await;
 }
 
 #[tokio::test]

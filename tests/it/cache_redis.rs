@@ -28,7 +28,7 @@ use tidegate::{
         message::Origin,
         redis::{Config, Hold, Published, RedisCache, RedisFailure, Server},
     },
-    model::{Entry, Epoch, Key, Timestamp, Version, Write},
+    model::{Entry, Epoch, Key, Tags, Timestamp, Version, Write},
     telemetry::CacheMetrics,
 };
 use tokio::{net::TcpListener, task::JoinSet};
@@ -129,6 +129,7 @@ impl Replica {
         let write = Write {
             key: key.clone(),
             entry: entry.clone(),
+            tags: Tags::default(),
         };
         let copy = Copy::new(Some(entry.clone()), at, lifetime);
         self.publish(&write, &copy, hold, Duration::ZERO).await

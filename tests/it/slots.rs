@@ -136,6 +136,8 @@ enum Number {
     Now(u8),
     /// Stamped too long before to enter an empty slot.
     Ago(u8),
+    /// The next after the one before it.
+    Next,
 }
 
 #[derive(Debug, Clone)]
@@ -177,6 +179,7 @@ fn plans() -> impl Strategy<Value = Plan> {
         1 => (1..=9_i64).prop_map(Number::Is),
         2 => any::<u8>().prop_map(Number::Now),
         2 => any::<u8>().prop_map(Number::Ago),
+        3 => Just(Number::Next),
     ];
     let value = proptest::option::weighted(0.7, vec(any::<u8>(), 0..20));
     let expires_in = proptest::option::weighted(0.3, select(vec![0, 40_000, 1 << 40]));
@@ -214,14 +217,16 @@ fn entries(plan: &Plan) -> Vec<Entry> {
     let now = now();
     let stamp = |millis: i64, counter: u8| ((millis - VERSION_EPOCH_MILLIS) << 21) + i64::from(counter);
     let mut seen = HashSet::new();
+    let mut last = 0_i64;
     let numbered = plan.entries.iter().map(|(number, value, expires_in)| {
-        let number = match number {
+        last = match number {
             Number::Is(number) => *number,
             Number::Now(counter) => stamp(now, *counter),
             Number::Ago(counter) => stamp(now - 10_500, *counter),
+            Number::Next => last.saturating_add(1),
         };
         Entry {
-            version: version(number),
+            version: version(last),
             value: value.clone().map(Bytes::from),
             expires_at: expires_in.map(|millis| NOW.after(Duration::from_millis(millis))),
         }

@@ -8,12 +8,15 @@ use std::{collections::HashMap, path::Path};
 use sqlx::{Connection as _, PgConnection, SqliteConnection, migrate::Migrator};
 use tidegate::{
     model::Epoch,
-    store::{Connection, Control, NAMESPACE_EPOCHS_MAX, StoreErrorKind},
+    store::{
+        Connection, Control, NAMESPACE_EPOCHS_MAX, StoreErrorKind,
+        postgres::{Postgres, Tables},
+    },
 };
 
 use crate::{
     harness::Database,
-    store_contract::{Fixture, commit, contract, entry, key, load, now, version, write},
+    store_contract::{CALL_TIMEOUT, Fixture, commit, contract, entry, key, load, now, version, write},
 };
 
 async fn control(connection: &mut dyn Connection) -> Control {
@@ -202,6 +205,17 @@ async fn the_tables_of_an_earlier_gateway_are_brought_up_to_date_in_postgres() {
     migrator.run_direct(None, &mut session, false).await.expect("migrated");
     database.execute(EARLIER_ROWS).await;
     what_an_earlier_gateway_left_is_there(Fixture::postgres_at(database).await).await;
+}
+
+#[tokio::test]
+async fn the_tables_of_an_earlier_gateway_do_not_pass_for_ours() {
+    let database = Database::postgres().await;
+    let mut session = PgConnection::connect(database.url()).await.expect("connects");
+    let migrator = first_migrations("postgres").await;
+    migrator.run_direct(None, &mut session, false).await.expect("migrated");
+    let backend = Postgres::new(database.url(), CALL_TIMEOUT, Tables::Check).expect("valid");
+    let missing = backend.prepare().await.expect_err("they lack what is used");
+    assert_eq!(missing.kind, StoreErrorKind::Transient);
 }
 
 #[tokio::test]

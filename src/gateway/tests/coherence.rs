@@ -191,6 +191,7 @@ async fn while_messages_may_be_missed_nothing_is_shared_and_nothing_is_kept() {
         assert!(found.entry.is_some());
     }
     assert_eq!(rig.read("k", Cached).await, (some("four"), Source::L1));
+    assert_eq!(rig.parts().metrics.loads_joined.get(), 0, "each read led a load");
 }
 
 /// The load that a reader led on the brink: L1 was on when it looked, and off when it led.

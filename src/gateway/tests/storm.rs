@@ -143,6 +143,7 @@ async fn caller(gateway: Gateway, ledger: Arc<Ledger>, mut rng: StdRng) {
                 value: value.clone(),
                 ttl: None,
                 mode: Some([Through, Behind][rng.random_range(0..2)]),
+                tags: Tags::default(),
             };
             let outcome = gateway.write(request, deadline).await;
             ledger.note_write(key, value, outcome);

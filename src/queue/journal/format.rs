@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use prost::Message;
 
-use crate::model::{Entry, Key, Timestamp, Version, Write};
+use crate::model::{Entry, Key, Tags, Timestamp, Version, Write};
 
 /// The generated code of `tidegate.journal.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
@@ -204,6 +204,7 @@ pub(super) fn encode_record(write: &Write) -> Vec<u8> {
         version: write.entry.version.get(),
         value: write.entry.value.clone(),
         expire_time_millis: write.entry.expires_at.map(|at| at.0),
+        tags: write.tags.iter().map(str::to_owned).collect(),
     }
     .encode_length_delimited_to_vec()
 }
@@ -218,6 +219,7 @@ pub(super) fn decode_record(mut record: &[u8]) -> Result<Write, Malformed> {
             value: record.value,
             expires_at: record.expire_time_millis.map(Timestamp),
         },
+        tags: Tags::new(&record.tags).map_err(|_| Malformed)?,
     })
 }
 
@@ -272,6 +274,7 @@ mod tests {
                 value: value.map(Bytes::from_static),
                 expires_at: expires_at.map(Timestamp),
             },
+            tags: Tags::default(),
         }
     }
 
@@ -292,12 +295,16 @@ mod tests {
     }
 
     #[test]
-    fn records_come_back_whole_with_their_tombstones_and_expiries() {
+    fn records_come_back_whole_with_their_tombstones_expiries_and_tags() {
         let writes = [
             write(Some(b"value"), None),
             write(Some(b""), Some(0)),
             write(None, None),
             write(None, Some(-1)),
+            Write {
+                tags: Tags::new(&["κόκκινο", "a\"b"]).expect("valid"),
+                ..write(Some(b"tagged"), None)
+            },
         ];
         let bytes = group(&writes, 3);
         let header = GroupHeader::verify(MARK, &bytes).expect("whole");
@@ -313,7 +320,30 @@ mod tests {
             })
             .collect();
         assert_eq!(read, writes);
-        assert_eq!((header.next_record(), header.group_bytes()), (44, bytes.len()));
+        assert_eq!((header.next_record(), header.group_bytes()), (45, bytes.len()));
+    }
+
+    #[test]
+    fn a_record_from_before_there_were_tags_has_none() {
+        // Namespace `n`, key `k`, version 5, value `v`.
+        let record = b"\x0b\x0a\x01n\x12\x01k\x18\x05\x22\x01v";
+        let earlier = decode_record(record).expect("well formed");
+        assert_eq!(earlier.tags, Tags::default());
+        assert_eq!(encode_record(&earlier), record, "and one without tags is as it was");
+    }
+
+    #[test]
+    fn a_record_with_tags_that_none_can_have_is_malformed() {
+        for tags in [vec![""], vec!["t"; 17], vec!["a\0b"]] {
+            let record = proto::Record {
+                namespace: "n".to_owned(),
+                key: "k".to_owned(),
+                version: 5,
+                tags: tags.into_iter().map(str::to_owned).collect(),
+                ..proto::Record::default()
+            };
+            assert_eq!(decode_record(&record.encode_length_delimited_to_vec()), Err(Malformed));
+        }
     }
 
     #[test]

@@ -44,10 +44,10 @@ impl Rig {
     }
 
     async fn claim(&self, name: &str, durability: BehindDurability) -> Claim {
-        let (key, value) = (key(name), write(name, 1).entry.value);
+        let write = write(name, 1);
         let admitted = self
             .queue
-            .admit(&key, value.as_ref(), durability, QueueFull::Reject, soon());
+            .admit(&write.key, write.content_bytes(), durability, QueueFull::Reject, soon());
         match admitted.await.expect("room") {
             Admission::Granted(claim) => claim,
             Admission::WriteThrough => unreachable!("not asked for"),
@@ -246,7 +246,7 @@ async fn more_may_be_recovered_than_is_admitted() {
     rig.hold();
     assert_eq!(rig.queue.stats().entries, 20);
     let new = key("new");
-    let refused = (rig.queue).admit(&new, None, BehindDurability::Journal, QueueFull::Reject, soon());
+    let refused = (rig.queue).admit(&new, 0, BehindDurability::Journal, QueueFull::Reject, soon());
     assert_eq!(
         refused.await.expect_err("there is no room").kind(),
         ErrorKind::Overloaded
@@ -273,7 +273,7 @@ async fn a_full_journal_is_a_full_queue() {
         async move {
             let deadline = Instant::now() + wait;
             queue
-                .admit(&key, Some(&value), BehindDurability::Journal, full, deadline)
+                .admit(&key, value.len(), BehindDurability::Journal, full, deadline)
                 .await
         }
     };
@@ -327,10 +327,7 @@ async fn when_the_journal_has_failed_what_rests_on_memory_goes_on() {
     assert_eq!(rig.queue.journal_state(), State::Failed);
     let key = key("j");
     for full in [QueueFull::Wait, QueueFull::Reject, QueueFull::WriteThrough] {
-        let refused = rig
-            .queue
-            .admit(&key, None, BehindDurability::Journal, full, soon())
-            .await;
+        let refused = rig.queue.admit(&key, 0, BehindDurability::Journal, full, soon()).await;
         let refused = refused.expect_err("it takes nothing more");
         assert_eq!(
             (refused.kind(), refused.outcome()),

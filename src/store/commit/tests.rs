@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 use super::*;
 use crate::{
     clock::Clock,
-    model::{Entry, Key},
+    model::{Entry, Key, Tags},
     store::{
         fake::{Call, FakeBackend, Fault, eventually},
         load::GroupLoad,
@@ -69,6 +69,7 @@ fn write(name: &str, number: i64) -> Write {
             value: Some(Bytes::from(format!("{name}{number}"))),
             expires_at: None,
         },
+        tags: Tags::default(),
     }
 }
 
@@ -559,6 +560,7 @@ impl Caller {
             let write = Write {
                 key: key.clone(),
                 entry,
+                tags: Tags::default(),
             };
             let patience = Duration::from_millis(self.rng.random_range(1..3_000));
             let Ok(result) = timeout(patience, commits.commit(write, deadline)).await else {

@@ -6,7 +6,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::{
-    model::{Version, Write},
+    model::{Tags, Version, Write},
     store::fake::{Call, FakeBackend, Fault, eventually},
 };
 
@@ -50,6 +50,7 @@ fn write(name: &str, version: i64) -> Write {
             value: Some(Bytes::from(format!("{name}{version}"))),
             expires_at: None,
         },
+        tags: Tags::default(),
     }
 }
 

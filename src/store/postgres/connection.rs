@@ -22,6 +22,7 @@ use crate::{
             collect::collect,
             control,
             failure::Failure,
+            keys,
             statements::{BURY, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE, STANDING, UPSERT},
             time::WireTime,
         },
@@ -152,6 +153,36 @@ impl Connection for PostgresConnection {
         self.settle(session, result)
     }
 
+    async fn tagged(
+        &mut self,
+        namespace: &str,
+        tag: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let mut session = self.take().await?;
+        let result = keys::tagged(&mut session, (namespace, tag), after, limit).await;
+        self.settle(session, result)
+    }
+
+    async fn keys_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let mut session = self.take().await?;
+        let result = keys::below(&mut session, (namespace, prefix), after, limit).await;
+        self.settle(session, result)
+    }
+
+    async fn newest(&mut self, namespace: &str, limit: u32) -> Result<Vec<Key>, StoreError> {
+        let mut session = self.take().await?;
+        let result = keys::newest(&mut session, namespace, limit).await;
+        self.settle(session, result)
+    }
+
     fn reset(&mut self) {
         self.idle = None;
     }
@@ -199,6 +230,7 @@ async fn commit(session: &mut PgConnection, writes: &[Write]) -> Result<Vec<Comm
                 .map(|write| write.entry.expires_at.map(WireTime))
                 .bind_iter(),
         )
+        .bind(writes.iter().map(|write| keys::array_text(&write.tags)).bind_iter())
         .fetch_all(&mut *session)
         .await?;
     #[cfg(feature = "planted-faults")]

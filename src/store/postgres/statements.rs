@@ -1,7 +1,7 @@
 //! The SQL for PostgreSQL.
 //!
 //! Owns the texts, each constant, so that a session prepares it once. Does not own how they are called ([`super::connection`]). Invariants:
-//! rows of the entries are reached by their primary key or by the index for collection; only the upsert moves one, and only forward.
+//! rows of the entries are reached by their primary key or by the indexes for collection and of tags; only the upsert moves one, and only forward.
 
 /// The entries of keys, each with its place in the question.
 pub(super) const LOAD: &str = "
@@ -17,6 +17,29 @@ pub(super) const STANDING: &str = "
 
 /// The horizon: see [`super::collect`].
 pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where id = 1";
+
+/// The keys of one tag. What has the tag is found first, and apart, so that it is by the index of tags, whatever the planner thinks of the
+/// primary key's order.
+pub(super) const TAGGED: &str = "
+    with found as materialized (
+        select namespace, key from tidegate_entries where tags @> array[$2]
+    )
+    select key from found where namespace = $1 and key > $3 order by key limit $4";
+
+/// The keys of a range of the primary key: from the second parameter on, but not the third.
+pub(super) const KEYS_WITHIN: &str = "
+    select key from tidegate_entries
+     where namespace = $1 and key >= $2 and key > $3 and key < $5 order by key limit $4";
+
+/// The same without an end.
+pub(super) const KEYS_FROM: &str = "
+    select key from tidegate_entries where namespace = $1 and key >= $2 and key > $3 order by key limit $4";
+
+/// Live records by their versions.
+pub(super) const NEWEST: &str = "
+    select key from tidegate_entries
+     where namespace = $1 and value is not null and (expires_at is null or expires_at > now())
+     order by version desc, key limit $2";
 
 /// The control row, with the namespaces that have epochs of their own: one statement, so all of one snapshot.
 pub(super) const CONTROL: &str = "
@@ -55,21 +78,21 @@ pub(super) const MOVE_ALL_EPOCHS: &str = "
     )
     select count(*) from moved";
 
-/// The one rule. `now()` is when the statement began, which is before its commit by at most `statement_timeout`. Whatever is not above the
+/// The one rule. The tags of a row come as the text of an array, for a parameter has no arrays of unequal arrays. `now()` is when the statement began, which is before its commit by at most `statement_timeout`. Whatever is not above the
 /// horizon may move a row and never make one: the row is locked, so that it stays until this commits.
 pub(super) const UPSERT: &str = "
-    insert into tidegate_entries as stored (namespace, key, version, value, expires_at, collectable_at)
-    select namespace, key, version, value, expires_at,
+    insert into tidegate_entries as stored (namespace, key, version, value, expires_at, tags, collectable_at)
+    select namespace, key, version, value, expires_at, tags::text[],
            case when value is null or expires_at is not null then greatest(expires_at, now()) end
-      from unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[], $5::timestamptz[])
-           as batch (namespace, key, version, value, expires_at)
+      from unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[], $5::timestamptz[], $6::text[])
+           as batch (namespace, key, version, value, expires_at, tags)
      where case when version > (select gc_horizon from tidegate_control where id = 1) then true
                 else exists (select from tidegate_entries known
                               where known.namespace = batch.namespace and known.key = batch.key
                                 for key share) end
         on conflict (namespace, key) do update
        set version = excluded.version, value = excluded.value,
-           expires_at = excluded.expires_at, collectable_at = excluded.collectable_at
+           expires_at = excluded.expires_at, tags = excluded.tags, collectable_at = excluded.collectable_at
      where stored.version < excluded.version
  returning stored.namespace, stored.key";
 

@@ -21,6 +21,7 @@ use crate::{
         sqlite::{
             DatabaseFile, control,
             failure::Failure,
+            keys,
             statements::{
                 BURY, COLLECT, HORIZON, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, RENEW_NODE, STANDING,
                 UPSERT, pieces,
@@ -184,6 +185,36 @@ impl Connection for SharedConnection {
         settle(&mut slot, writer, result)
     }
 
+    async fn tagged(
+        &mut self,
+        namespace: &str,
+        tag: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = keys::tagged(&mut reader, (namespace, tag), after, limit).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn keys_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Key>, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = keys::below(&mut reader, (namespace, prefix), after, limit).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn newest(&mut self, namespace: &str, limit: u32) -> Result<Vec<Key>, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = keys::newest(&mut reader, namespace, limit).await;
+        settle(&mut self.reader, reader, result)
+    }
+
     /// Drops the reader. The writer needs none: a call that was cut off has taken it along.
     fn reset(&mut self) {
         self.reader = None;
@@ -261,13 +292,14 @@ async fn horizon(writer: &mut SqliteConnection) -> Result<Option<Version>, Failu
 async fn upsert(writer: &mut SqliteConnection, writes: &[Write], verdict: &mut Verdict<'_>) -> Result<(), Failure> {
     for (_, piece, statement) in pieces(&UPSERT, writes) {
         let mut query = sqlx::query(AssertSqlSafe(statement));
-        for Write { key, entry } in piece {
+        for Write { key, entry, tags } in piece {
             query = query
                 .bind(key.namespace())
                 .bind(key.key())
                 .bind(entry.version.get())
                 .bind(entry.value.as_deref())
-                .bind(entry.expires_at.map(|at| at.0));
+                .bind(entry.expires_at.map(|at| at.0))
+                .bind(keys::json_array(tags));
         }
         for row in query.fetch_all(&mut *writer).await? {
             verdict.applied(row.try_get(0)?, row.try_get(1)?);

@@ -11,6 +11,7 @@
 mod connection;
 mod control;
 mod failure;
+mod keys;
 mod statements;
 
 use std::{

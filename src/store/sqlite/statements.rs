@@ -2,7 +2,7 @@
 //!
 //! Owns the texts, each constant, so that a connection prepares it once: SQLite has no arrays, so statements of several rows come in a few
 //! fixed sizes. Does not own how they are called ([`super::connection`]). Invariants: rows of the entries are reached by their primary key or
-//! by the index for collection; only the upsert moves one, and only forward.
+//! by the index for collection, and their keys by the table of tags; only the upsert moves one, and only forward.
 
 use std::{
     iter,
@@ -54,6 +54,28 @@ pub(super) const RELEASE_NODE: &str = "
 
 /// The horizon.
 pub(super) const HORIZON: &str = "select gc_horizon from tidegate_control where id = 1";
+
+/// The keys of one tag.
+pub(super) const TAGGED: &str = "
+    select key from tidegate_tags where namespace = ?1 and tag = ?2 and key > ?3 order by key limit ?4";
+
+/// The keys of a range of the primary key: from the second parameter on, but not the third. The `+` leaves the choice of the index's bound no
+/// question.
+pub(super) const KEYS_WITHIN: &str = "
+    select key from tidegate_entries
+     where namespace = ?1 and key >= ?2 and +key > ?3 and key < ?5 order by key limit ?4";
+
+/// The same without an end.
+pub(super) const KEYS_FROM: &str = "
+    select key from tidegate_entries where namespace = ?1 and key >= ?2 and +key > ?3 order by key limit ?4";
+
+/// Live records by their versions.
+pub(super) const NEWEST: &str = concat!(
+    "select key from tidegate_entries
+      where namespace = ?1 and value is not null and (expires_at is null or expires_at > ",
+    now!(),
+    ") order by version desc, key limit ?2"
+);
 
 /// The control row.
 pub(super) const CONTROL: &str = concat!(
@@ -122,18 +144,18 @@ pub(super) type Sized = [Arc<str>; ROWS.len()];
 pub(super) static UPSERT: LazyLock<Sized> = LazyLock::new(|| {
     sized(
         concat!(
-            "insert into tidegate_entries as stored (namespace, key, version, value, expires_at, collectable_at)
-             select column1, column2, column3, column4, column5,
+            "insert into tidegate_entries as stored (namespace, key, version, value, expires_at, tags, collectable_at)
+             select column1, column2, column3, column4, column5, column6,
                     case when column4 is null or column5 is not null then max(coalesce(column5, 0), ",
             now!(),
             ") end from (values "
         ),
-        |_| "(?,?,?,?,?)".to_owned(),
+        |_| "(?,?,?,?,?,?)".to_owned(),
         ") where column3 > (select gc_horizon from tidegate_control where id = 1)
               or exists (select 1 from tidegate_entries known where known.namespace = column1 and known.key = column2)
          on conflict (namespace, key) do update
             set version = excluded.version, value = excluded.value,
-                expires_at = excluded.expires_at, collectable_at = excluded.collectable_at
+                expires_at = excluded.expires_at, tags = excluded.tags, collectable_at = excluded.collectable_at
           where stored.version < excluded.version
          returning namespace, key",
     )

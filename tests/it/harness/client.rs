@@ -142,6 +142,7 @@ impl Client {
             value: Bytes::copy_from_slice(value),
             write_mode: mode.number(),
             ttl: None,
+            tags: Vec::new(),
         }
     }
 

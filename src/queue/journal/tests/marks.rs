@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Driver, key, small};
 use crate::{
     clock::{self, Clock},
-    model::{COUNTER_BITS, Entry, NODE_BITS, VERSION_EPOCH_MILLIS, Version, Write},
+    model::{COUNTER_BITS, Entry, NODE_BITS, Tags, VERSION_EPOCH_MILLIS, Version, Write},
     queue::journal::sim::{Dice, SimFs},
 };
 
@@ -26,7 +26,14 @@ fn recovered(versions: &[Version]) -> (Option<Version>, Vec<Version>) {
             expires_at: None,
         };
         let key = key(number);
-        assert!(driver.append(Write { key, entry }), "room");
+        assert!(
+            driver.append(Write {
+                key,
+                entry,
+                tags: Tags::default(),
+            }),
+            "room"
+        );
     }
     driver.work(false).expect("no fault");
     driver.release(0);

@@ -25,7 +25,7 @@ use super::{
     writer::{Turn, Writer},
 };
 use crate::{
-    model::{Entry, Key, Timestamp, Version, Write},
+    model::{Entry, Key, Tags, Timestamp, Version, Write},
     telemetry::journal::JournalMetrics,
 };
 
@@ -69,6 +69,7 @@ fn write(key_number: usize, number: i64, bytes: usize) -> Write {
             value: (number % 7 != 0).then(|| Bytes::from(value)),
             expires_at: (number % 5 == 0).then_some(Timestamp(number)),
         },
+        tags: Tags::default(),
     }
 }
 
@@ -117,7 +118,7 @@ impl Expected<'_> {
     fn check(&self, found: &[Found], context: &dyn Fn() -> String) {
         let mut newest: HashMap<&Key, Version> = HashMap::new();
         for found in found {
-            let Write { key, entry } = &found.write;
+            let Write { key, entry, .. } = &found.write;
             let issued = self.possible.get(&(key, entry.version));
             assert!(
                 issued.is_some(),
