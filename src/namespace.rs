@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::settings::{DAY, Unfit};
 
+/// How many of the records written last may be loaded into the caches in one go: their keys are in memory meanwhile.
+pub const WARM_RECORDS_MAX: u32 = 100_000;
 /// The longest grace of a copy: no longer does Redis keep one.
 const STALE_IF_ERROR_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -70,6 +72,9 @@ pub struct NamespaceSettings {
     /// The share of `cache_lifetime` that, when less of it is left, makes a read renew the copy in the background. Default: 0.2;
     /// 0 turns it off. Higher loads the store more and makes a waiting read rarer.
     pub refresh_threshold: f64,
+    /// How many of the records written last are loaded into the caches after the start. Default: 0. Of namespaces that are configured by name alone: no
+    /// other is known at the start. More makes fewer first reads wait for the store, and loads that more when a gateway starts.
+    pub warm_at_start: u32,
     /// For how long after its lifetime a copy of a live record may still answer a read, marked stale, while the store cannot answer. Default:
     /// 0, never; at most 30 days. Longer lets reads outlive a longer outage, and Redis keeps copies for so much longer, 30 days at most.
     #[serde(with = "humantime_serde")]
@@ -87,6 +92,12 @@ impl NamespaceSettings {
         }
         if self.write_delay > DAY {
             return Err(Unfit::new("write_delay", "must be at most a day"));
+        }
+        if self.warm_at_start > WARM_RECORDS_MAX {
+            return Err(Unfit::new(
+                "warm_at_start",
+                format!("must be at most {WARM_RECORDS_MAX}"),
+            ));
         }
         if self.stale_if_error > STALE_IF_ERROR_MAX {
             return Err(Unfit::new("stale_if_error", "must be at most 30 days"));
@@ -114,6 +125,7 @@ impl Default for NamespaceSettings {
             cache_lifetime: Duration::from_secs(300),
             absence_lifetime: Duration::from_secs(5),
             refresh_threshold: 0.2,
+            warm_at_start: 0,
             stale_if_error: Duration::ZERO,
         }
     }
@@ -139,6 +151,13 @@ impl Namespaces {
                 .map(|(name, settings)| (name, Arc::new(settings)))
                 .collect(),
         }
+    }
+
+    /// The namespaces that are configured by name.
+    pub fn configured(&self) -> impl Iterator<Item = (&str, &NamespaceSettings)> {
+        self.configured
+            .iter()
+            .map(|(name, settings)| (name.as_str(), &**settings))
     }
 
     /// The settings of a namespace.

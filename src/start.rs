@@ -163,7 +163,7 @@ impl Running {
         tasks.spawn(health.clone().keep());
         observe(&mut metrics, &store, &parts);
         let operations_address = open_operations(config, metrics.registry, &health, &mut tasks).await?;
-        let admin_address = open_admin(config, gateway, metrics.calls.clone(), &health, &mut tasks).await?;
+        let admin_address = open_admin(config, gateway.clone(), metrics.calls.clone(), &health, &mut tasks).await?;
         let listener = listen(config.listen).await?;
         let failed = |source| StartError::Serve {
             address: config.listen,
@@ -181,6 +181,7 @@ impl Running {
             data_dir = %config.data_dir.display(),
             "serving"
         );
+        tasks.spawn(gateway.warm_at_start());
         Ok(Running {
             health,
             server,
@@ -437,9 +438,10 @@ async fn open_admin(
 ) -> Result<SocketAddr, StartError> {
     let listener = listen(config.admin.listen).await?;
     let address = address(&listener, config.admin.listen)?;
-    let admin = Admin::new(gateway, calls, health.reporter(), config.rpc.reflection);
+    let stop = tasks.stop.clone();
+    let admin = Admin::new(gateway, calls, health.reporter(), config.rpc.reflection, stop);
     let admin = admin.map_err(|source| StartError::Serve { address, source })?;
-    tasks.add([tokio::spawn(admin.serve(listener, tasks.stop.clone()))]);
+    tasks.add([tokio::spawn(admin.serve(listener))]);
     Ok(address)
 }
 

@@ -126,6 +126,8 @@ impl Gateway {
             Message::InvalidatedPrefix { namespace, prefix } => {
                 let matches = move |key: &Key| key.namespace() == namespace && key.key().starts_with(&prefix);
                 parts.flights.detach_where(&matches);
+                // What is pending here was removed from Redis with the rest.
+                parts.sharing.renewal.notify_one();
                 return self
                     .in_memory(move |memory| {
                         memory.invalidate_where(matches);
@@ -140,7 +142,10 @@ impl Gateway {
     /// Does to L1 what looks at every copy, where it holds up nothing else of the background.
     ///
     /// Dropped, it is still done.
-    pub(super) async fn in_memory(&self, act: impl FnOnce(&Memory) + Send + 'static) -> Result<(), JoinError> {
+    pub(super) async fn in_memory<R: Send + 'static>(
+        &self,
+        act: impl FnOnce(&Memory) -> R + Send + 'static,
+    ) -> Result<R, JoinError> {
         let memory = Arc::clone(&self.parts().memory);
         spawn_blocking(move || act(&memory)).await
     }

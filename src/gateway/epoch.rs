@@ -9,7 +9,10 @@
 
 use std::{collections::HashMap, sync::atomic::Ordering, time::Duration};
 
-use tokio::{task::JoinError, time::sleep};
+use tokio::{
+    task::JoinError,
+    time::{Instant, sleep},
+};
 
 use super::{Gateway, died};
 use crate::{
@@ -37,9 +40,28 @@ const SENTINEL_LATE: Duration = Duration::from_secs(10);
 /// How long a write may wait to be published before the epoch moves.
 const UNPUBLISHED_MAX: Duration = Duration::from_secs(4);
 
-/// Between two looks at Redis: while it is the one for which the epoch holds, and while that is to be found out or mended.
+/// The one reason to move the epoch that says nothing about Redis itself: it may be this replica alone that cannot reach it.
+const UNPUBLISHED: &str = "writes could not be published";
+
+/// Between two looks at Redis: while it answers, and while it is waited for.
 const INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_UNSETTLED: Duration = Duration::from_millis(50);
+
+/// How long this replica may take to adopt an epoch that it has moved itself, and between two looks at whether it has.
+const ADOPTION_WAIT: Duration = Duration::from_secs(3);
+const ADOPTION_LOOK: Duration = Duration::from_millis(10);
+
+/// What the watch over Redis remembers from look to look.
+struct Watch {
+    session: Session,
+    /// The epoch whose sentinel was there.
+    seen: Option<Epoch>,
+    /// What comes next: one until it has come, for each leaves a sentinel in Redis.
+    next: Epoch,
+    /// Whether it was said that the epoch moves, or should, since Redis was last in order: while it is away and writes go on the epoch moves
+    /// again and again, which is no news.
+    said: bool,
+}
 
 impl Gateway {
     /// Goes by what the control row says. Ends when nobody looks at it any more.
@@ -107,16 +129,21 @@ impl Gateway {
         let Some(redis) = &self.inner.redis else {
             return std::future::pending().await;
         };
-        let mut session = store.session();
-        // The epoch whose sentinel was there.
-        let mut seen = None;
+        let mut watch = Watch {
+            session: store.session(),
+            seen: None,
+            next: Epoch::random(),
+            said: false,
+        };
         loop {
-            match self.parts().sharing.epochs.adopted() {
-                Some(adopted) => self.look_at_redis(redis, &adopted, &mut seen, &mut session).await,
-                None => self.adopt_posted(redis).await,
-            }
-            let settled = redis.is_usable();
-            sleep(if settled { INTERVAL } else { INTERVAL_UNSETTLED }).await;
+            let pause = match self.parts().sharing.epochs.adopted() {
+                Some(adopted) => self.look_at_redis(redis, &adopted, &mut watch).await,
+                None => {
+                    self.adopt_posted(redis).await;
+                    INTERVAL_UNSETTLED
+                }
+            };
+            sleep(pause).await;
         }
     }
 
@@ -136,86 +163,127 @@ impl Gateway {
         }
     }
 
-    async fn look_at_redis(
-        &self,
-        redis: &RedisCache,
-        adopted: &Adopted,
-        seen: &mut Option<Epoch>,
-        session: &mut Session,
-    ) {
+    /// How long to wait before the next look.
+    async fn look_at_redis(&self, redis: &RedisCache, adopted: &Adopted, watch: &mut Watch) -> Duration {
         let now = self.parts().clock.now();
         let answering = redis.server();
         let unpublished = self.parts().sharing.repairs.since();
         let why = match (&answering, &adopted.server) {
-            _ if unpublished.is_some_and(|(since, many)| many || now.since(since) >= UNPUBLISHED_MAX) => {
-                "writes could not be published"
-            }
-            (None, _) => return,
+            _ if unpublished.is_some_and(|(since, many)| many || now.since(since) >= UNPUBLISHED_MAX) => UNPUBLISHED,
+            // It may come back at any moment.
+            (None, _) => return INTERVAL_UNSETTLED,
             (Some(server), None) => {
                 // Nobody has used this epoch with any Redis yet.
                 if redis.set_sentinel(adopted.epoch).await.is_ok() {
-                    let claimed = session.move_epoch(adopted.epoch, adopted.epoch, Some(&**server)).await;
+                    let epoch = adopted.epoch;
+                    let claimed = watch.session.move_epoch(epoch, epoch, Some(&**server)).await;
                     self.moved(claimed.is_ok());
                 }
-                return;
+                return INTERVAL;
             }
             (Some(server), Some(known)) if **server != **known => "another Redis answers, or it was restarted",
             (Some(_), Some(_)) => match redis.has_sentinel(adopted.epoch).await {
                 Ok(true) => {
-                    *seen = Some(adopted.epoch);
+                    watch.seen = Some(adopted.epoch);
+                    watch.said = false;
                     if self.parts().sharing.is_known(now) {
                         // Read only by a start without the store, which does without it.
                         let _ = redis.post_notice().await;
                     }
-                    return;
+                    return INTERVAL;
                 }
-                Ok(false) if *seen != Some(adopted.epoch) && now < adopted.readable_from.after(SENTINEL_LATE) => {
+                Ok(false) if watch.seen != Some(adopted.epoch) && now < adopted.readable_from.after(SENTINEL_LATE) => {
                     // A failure is found again.
                     let _ = redis.set_sentinel(adopted.epoch).await;
-                    return;
+                    return INTERVAL;
                 }
                 Ok(false) => "Redis was emptied",
-                Err(_) => return,
+                Err(_) => return INTERVAL,
             },
         };
-        let next = Epoch::random();
-        // Before anybody goes by it. Where Redis cannot be reached, another replica sets it.
-        let _ = redis.set_sentinel(next).await;
-        match session.move_epoch(adopted.epoch, next, answering.as_deref()).await {
+        self.move_epoch(redis, adopted.epoch, answering.as_deref(), why, watch)
+            .await;
+        INTERVAL
+    }
+
+    async fn move_epoch(
+        &self,
+        redis: &RedisCache,
+        from: Epoch,
+        answering: Option<&str>,
+        why: &'static str,
+        watch: &mut Watch,
+    ) {
+        // Before anybody goes by it.
+        let sentinel = redis.set_sentinel(watch.next).await;
+        if sentinel.is_err() && why != UNPUBLISHED {
+            // Nobody is misled meanwhile; and without it the next epoch would not last.
+            return;
+        }
+        match watch.session.move_epoch(from, watch.next, answering).await {
             Ok(true) => {
-                tracing::warn!(why, "the copies in Redis are left behind: a new epoch begins");
+                watch.next = Epoch::random();
+                if !std::mem::replace(&mut watch.said, true) {
+                    tracing::warn!(why, "the copies in Redis are left behind: a new epoch begins");
+                }
                 self.parts().metrics.epochs_moved.inc();
                 self.moved(true);
                 // Those who do not hear it look within a second.
                 let _ = redis.announce(Message::EpochMoved).await;
             }
-            // Somebody else was faster.
-            Ok(false) => self.moved(true),
-            Err(error) => tracing::warn!(why, %error, "a new epoch should begin, and the store does not answer"),
+            // Somebody else was faster, or an earlier try was made whose answer was lost.
+            Ok(false) => {
+                watch.next = Epoch::random();
+                self.moved(true);
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut watch.said, true) {
+                    tracing::warn!(why, %error, "a new epoch should begin, and the store does not answer");
+                }
+            }
         }
     }
 
-    /// Leaves all copies of a namespace behind, on all replicas.
+    /// Leaves all copies of a namespace behind, on all replicas; on this one when it returns. How many L1 had.
     ///
     /// # Errors
-    /// `Unavailable` when the store does not answer: nothing has changed, or all of it will within a second.
-    pub async fn invalidate_namespace(&self, namespace: &str) -> Result<(), Error> {
-        let mut session = self.parts().store.session();
+    /// `Unavailable` when the store does not answer: only L1 has changed, or all will within a second.
+    pub async fn invalidate_namespace(&self, namespace: &str) -> Result<u64, Error> {
+        // Adopting the epoch removes them, too, and does not count.
+        let before = self.invalidate_namespace_in_memory(namespace).await?;
+        let mut session = self.session()?;
         let moving = session.move_namespace_epoch(namespace, Epoch::random()).await;
         moving.map_err(|error| {
             let message = "the store does not answer, so the namespace may not be invalidated";
-            Error::new(ErrorKind::Unavailable, message).because(error)
+            Error::new(ErrorKind::Unavailable, message).because(error).unknown()
         })?;
-        self.moved(true);
-        self.parts().flights.detach_where(|key| key.namespace() == namespace);
-        let name = namespace.to_owned();
-        let invalidating = self.in_memory(move |memory| {
-            memory.invalidate_where(|key| key.namespace() == name);
-        });
-        invalidating.await.map_err(died)?;
+        self.adopted_since(self.parts().clock.now()).await?;
+        let since = self.invalidate_namespace_in_memory(namespace).await?;
         if let Some(redis) = &self.inner.redis {
             // Those who do not hear it look within a second.
             let _ = redis.announce(Message::EpochMoved).await;
+        }
+        Ok(before + since)
+    }
+
+    async fn invalidate_namespace_in_memory(&self, namespace: &str) -> Result<u64, Error> {
+        self.parts().flights.detach_where(|key| key.namespace() == namespace);
+        let name = namespace.to_owned();
+        let removing = self.in_memory(move |memory| memory.invalidate_where(|key| key.namespace() == name));
+        Ok(removing.await.map_err(died)? as u64)
+    }
+
+    /// Waits until this replica goes by what the control row says since `then`: what it said before is not enough.
+    async fn adopted_since(&self, then: Timestamp) -> Result<(), Error> {
+        let end = Instant::now() + ADOPTION_WAIT;
+        while !self.parts().sharing.was_asked_after(then) {
+            if Instant::now() >= end {
+                let message = "the namespace is left behind, and this gateway has not heard of it from the store yet";
+                return Err(Error::new(ErrorKind::Unavailable, message).unknown());
+            }
+            // Again and again: a look may have begun before.
+            self.moved(true);
+            sleep(ADOPTION_LOOK).await;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! (`cache::flight`), nor the rule of landing (`cache::memory`, `cache::redis`). Cancellation: a load runs in a task of its own, and
 //! does not end with the caller that leads it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{task::JoinHandle, time::Instant};
 
@@ -19,6 +19,10 @@ use crate::{
     error::Error,
     model::{Key, Source, Timestamp},
 };
+
+/// How long a copy may answer that was loaded while Redis could not be asked. Another gateway may hold a newer write that the store does not
+/// have yet; it told of that before this was loaded, and tells no more when the store has it.
+const BLIND_LIFETIME: Duration = Duration::from_secs(2);
 
 impl Gateway {
     /// Loads in a task of its own: those who join do not lose the answer when the caller that leads goes away.
@@ -87,9 +91,17 @@ impl Gateway {
     ) -> Result<Loaded, Error> {
         match self.claim(key, wanted).await {
             Claim::Found(found) => Ok(newest_of(self.look_in_pending(key), Some(found.clone())).unwrap_or(found)),
-            Claim::Load { token, above: shared } => {
+            Claim::Load {
+                token,
+                above: shared,
+                blind,
+            } => {
                 let above = newest_of(above, shared);
-                let loaded = self.get_stored(key, above, deadline).await?;
+                let mut loaded = self.get_stored(key, above, deadline).await?;
+                if blind {
+                    let end = loaded.copy.loaded_at.after(BLIND_LIFETIME);
+                    loaded.copy.fresh_until = loaded.copy.fresh_until.min(end);
+                }
                 if let Some(token) = token {
                     token.fill(&loaded);
                 }

@@ -15,6 +15,7 @@
 mod coherence;
 mod epoch;
 mod freshness;
+pub mod invalidate;
 mod load;
 mod mend;
 mod read;
@@ -24,6 +25,7 @@ mod sharing;
 pub mod stats;
 #[cfg(test)]
 pub(crate) mod tests;
+pub mod warm;
 mod write;
 
 pub use self::{

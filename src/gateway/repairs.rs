@@ -166,7 +166,10 @@ mod tests {
         assert_eq!(repairs.some(10, LATER), [(key(1), version(9))]);
         assert_eq!(repairs.since(), Some((Timestamp(10), false)));
         repairs.done(&key(1), version(5), LATER);
-        assert!(!repairs.is_empty(), "the later failure is not repaired by an earlier repair");
+        assert!(
+            !repairs.is_empty(),
+            "the later failure is not repaired by an earlier repair"
+        );
         repairs.done(&key(1), version(9), LATER);
         assert!(repairs.is_settled());
     }

@@ -30,6 +30,8 @@ pub(super) enum Claim {
         token: Option<FillToken>,
         /// What stands in Redis, and does not answer by itself.
         above: Option<Loaded>,
+        /// Whether Redis could not say what stands there.
+        blind: bool,
     },
 }
 
@@ -89,15 +91,19 @@ impl Gateway {
     /// Asks Redis for the load of a key. Where another replica has it, its landing is waited for, for a moment: until what stands is
     /// `wanted`.
     pub(super) async fn claim(&self, key: &Key, wanted: impl Fn(&Loaded, Timestamp) -> bool) -> Claim {
-        let unclaimed = |above| Claim::Load { token: None, above };
+        let unclaimed = Claim::Load {
+            token: None,
+            above: None,
+            blind: self.inner.redis.is_some(),
+        };
         let Some(redis) = self.readable(key) else {
-            return unclaimed(None);
+            return unclaimed;
         };
         let end = Instant::now() + redis.load_wait();
         let mut pause = LOOK_FIRST;
         loop {
             let Ok(claimed) = redis.claim(key).await else {
-                return unclaimed(None);
+                return unclaimed;
             };
             let token = claimed.token.map(|token| FillToken {
                 gateway: self.clone(),
@@ -106,7 +112,13 @@ impl Gateway {
             });
             match claimed.copy.and_then(|copy| self.trusted(key, copy)) {
                 Some(shared) if wanted(&shared, self.parts().clock.now()) => return Claim::Found(shared),
-                above if token.is_some() || Instant::now() >= end => return Claim::Load { token, above },
+                above if token.is_some() || Instant::now() >= end => {
+                    return Claim::Load {
+                        token,
+                        above,
+                        blind: false,
+                    };
+                }
                 _ => {}
             }
             sleep(pause).await;

@@ -67,6 +67,11 @@ impl Sharing {
         self.asked_at.fetch_max(now.0, Ordering::AcqRel);
     }
 
+    /// Whether this replica goes by what the control row said after `then`.
+    pub(super) fn was_asked_after(&self, then: Timestamp) -> bool {
+        self.asked_at.load(Ordering::Acquire) > then.0
+    }
+
     /// A write was published at `now`. If the epoch may have moved since anybody looked, others may be filling an empty place by now, and
     /// are to be told there, too.
     pub(super) fn published(&self, key: &Key, version: Version, now: Timestamp) {

@@ -74,7 +74,7 @@ impl<U: Message + Default> Decoder for MessageDecoder<U> {
 }
 
 /// The fields that can be at fault by themselves, when their text is not UTF-8.
-const TEXT_FIELDS: [&str; 2] = ["namespace", "key"];
+const TEXT_FIELDS: [&str; 5] = ["namespace", "key", "keys", "prefix", "tag"];
 
 /// prost names the message and the field in its text alone, as `GetRequest.key`.
 fn undecodable(error: &DecodeError) -> Status {

@@ -231,7 +231,11 @@ fn own(value: Bytes) -> Bytes {
     }
 }
 
-fn violate(violations: &mut Vec<FieldViolation>, field: &'static str, description: impl Into<Cow<'static, str>>) {
+pub(crate) fn violate(
+    violations: &mut Vec<FieldViolation>,
+    field: &'static str,
+    description: impl Into<Cow<'static, str>>,
+) {
     violations.push(FieldViolation {
         field,
         description: description.into(),

@@ -56,7 +56,7 @@ impl CallLimits {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadline(pub(crate) Instant);
 
-fn deadline<T>(request: &Request<T>) -> Instant {
+pub(crate) fn deadline<T>(request: &Request<T>) -> Instant {
     request
         .extensions()
         .get::<Deadline>()

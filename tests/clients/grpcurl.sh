@@ -79,5 +79,10 @@ case $services in *$gateway*) fail "the gateway's service is listed at $address"
 expect '"status":"SERVING"' "$(call grpc.health.v1.Health/Check '{}')"
 expect '"namespace":"grpcurl"' "$(call tidegate.v1.Admin/Stats '{}')"
 refuse InvalidArgument '"field": "namespace"' tidegate.v1.Admin/Stats '{"namespace":"?"}'
+expect '"keys":"2"' "$(call tidegate.v1.Admin/Invalidate '{"namespace":"grpcurl","keys":["brief","absent"]}')"
+expect '"memoryCopies":"' "$(call tidegate.v1.Admin/Invalidate '{"namespace":"grpcurl","prefix":"WRITE_"}')"
+refuse InvalidArgument '"field": "prefix"' tidegate.v1.Admin/Invalidate '{"namespace":"grpcurl","keys":["a"],"prefix":"b"}'
+expect '"done":"1","total":"1"' "$(call tidegate.v1.Admin/Warm '{"namespace":"grpcurl","prefix":"brief"}')"
+refuse InvalidArgument '"field": "newest"' tidegate.v1.Admin/Warm '{"namespace":"grpcurl","newest":100001}'
 refuse Unimplemented 'no such service' $gateway/Get '{"namespace":"grpcurl","key":"k"}'
 echo "grpcurl: all is well"

@@ -4,6 +4,7 @@
 //! was sent to, has an outcome that nobody knows.
 
 use std::{
+    collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Duration,
@@ -76,6 +77,8 @@ impl Load {
                 home: session.is_multiple_of(3).then_some((session / 3) as usize % REPLICAS),
                 run,
                 classes: keys::classes(),
+                // Another third carries what it knows.
+                known: (session % 3 == 2).then(HashMap::new),
                 record: Record::default(),
             };
             clients.spawn(client.run());
@@ -102,6 +105,8 @@ struct Session {
     home: Option<usize>,
     run: u64,
     classes: Vec<Class>,
+    /// Of each key the highest version that it wrote or was shown, if it carries that from replica to replica.
+    known: Option<HashMap<usize, Version>>,
     record: Record,
 }
 
@@ -192,6 +197,9 @@ impl Session {
             outcome,
         };
         self.record.ops.push(asked.answered(&front, self.number, key, act));
+        if let Outcome::Ok(version) = outcome {
+            self.learn(key, version);
+        }
         matches!(outcome, Outcome::Ok(_))
     }
 
@@ -212,6 +220,13 @@ impl Session {
         }
     }
 
+    fn learn(&mut self, key: usize, version: Version) {
+        if let Some(known) = &mut self.known {
+            let highest = known.entry(key).or_default();
+            *highest = version.max(*highest);
+        }
+    }
+
     /// Reads, and notes what was there. Whether it was answered.
     async fn get(&mut self, replica: usize, key: usize) -> bool {
         let consistency = match self.rng.random_range(0..20) {
@@ -220,9 +235,13 @@ impl Session {
             _ => Consistency::Store,
         };
         let front = Arc::clone(&self.front);
-        let read = read(&front, self.number, replica, key, consistency);
+        let at_least = self.known.as_ref().and_then(|known| known.get(&key).copied());
+        let read = read(&front, self.number, replica, key, consistency, at_least);
         match read.await {
             Ok(op) => {
+                if let Some((version, _)) = found(&op) {
+                    self.learn(key, version);
+                }
                 self.record.ops.push(op);
                 true
             }
@@ -234,6 +253,14 @@ impl Session {
     }
 }
 
+/// What a read showed.
+pub fn found(op: &Op) -> Option<(Version, Value)> {
+    match op.act {
+        Act::Read { found, .. } => found,
+        Act::Write { .. } => None,
+    }
+}
+
 /// Reads a key.
 pub async fn read(
     front: &Front,
@@ -241,6 +268,7 @@ pub async fn read(
     replica: usize,
     key: usize,
     consistency: Consistency,
+    at_least: Option<Version>,
 ) -> Result<Op, Status> {
     let request = GetRequest {
         namespace: keys::namespace(keys::classes()[key]).to_owned(),
@@ -250,6 +278,8 @@ pub async fn read(
             Consistency::Shared => ReadConsistency::Shared,
             Consistency::Store => ReadConsistency::Store,
         }) as i32,
+        min_version: at_least.unwrap_or(0),
+        ..GetRequest::default()
     };
     let asked = Asked::now(front, replica);
     let mut stub = front.client(replica, session).stub();
@@ -260,7 +290,7 @@ pub async fn read(
     let found = answer.entry.map(|Entry { version, value, .. }| (version, hash(&value)));
     let act = Act::Read {
         consistency,
-        at_least: None,
+        at_least,
         found,
         stale: answer.stale,
         source,

@@ -195,6 +195,7 @@ fn void(ended: &Ended, verdict: &Verdict) -> Vec<String> {
     let judged = verdict.judged;
     for (what, count) in [
         ("the order of calls", judged.ordered),
+        ("what sessions carry", judged.sessions),
         ("what replicas acknowledged", judged.own),
         ("staleness", judged.staleness),
         ("staleness in calm times", judged.calm),

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
     harness::SOON,
-    history::{Act, Consistency, History, Nanos, Op, Settled},
+    history::{Consistency, History, Nanos, Op, Settled},
     keys,
     load::{self, Load, Record},
     plan::{Scene, plan},
@@ -173,11 +173,11 @@ async fn settle(stage: &Stage, history: &mut History) {
         let mut behind = Vec::new();
         for (key, replica, consistency) in left {
             let session = u32::MAX - replica as u32;
-            let what = async || load::read(&stage.front, session, replica, key, consistency).await;
+            let what = async || load::read(&stage.front, session, replica, key, consistency, None).await;
             let op = answered(what).await;
             let row = history.rows.get(&key);
             let stored = row.and_then(|row| Some((row.version, row.value?)));
-            let found = found(&op);
+            let found = load::found(&op);
             if found == stored || late {
                 history.settled.push(Settled {
                     key,
@@ -204,11 +204,4 @@ async fn answered(read: impl AsyncFn() -> Result<Op, tonic::Status>) -> Op {
         read().await.map_err(|status| format!("{status:?}"))
     })
     .await
-}
-
-fn found(op: &Op) -> Option<(i64, crate::history::Value)> {
-    match op.act {
-        Act::Read { found, .. } => found,
-        Act::Write { .. } => None,
-    }
 }

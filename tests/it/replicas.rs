@@ -1,10 +1,12 @@
 //! Proves that two gateways on one Redis and one PostgreSQL converge: whatever they wrote, at the end everybody reads the same, and
 //! the row says so too.
 
-use tidegate::rpc::proto::ReadConsistency;
+use std::time::Duration;
+
+use tidegate::rpc::proto::{ReadConsistency, Source};
 use tokio::task::JoinSet;
 
-use crate::harness::{Client, Database, Gateway, Mode, SOON, Setup, eventually, expect, redis};
+use crate::harness::{Client, Database, Gateway, Mode, SOON, Setup, client::seen, eventually, expect, redis};
 
 struct Pair {
     database: Database,
@@ -161,4 +163,41 @@ async fn replicas_stamp_under_nodes_of_their_own() {
         nodes.push(version & 0x3ff);
     }
     assert_ne!(nodes[0], nodes[1]);
+}
+
+/// The writer tells the reader before the reader loads, and the drain tells nobody.
+#[tokio::test]
+async fn what_is_loaded_while_redis_cannot_be_asked_does_not_outlive_a_pending_write() {
+    let (database, redis) = (Database::postgres().await, redis::start().await);
+    let setup = Setup::new()
+        .store(database.url())
+        .redis(&redis.url())
+        .config("[namespaces.orders]\nwrite_delay = \"1s\"");
+    let (writer, reader) = (setup.clone().start().await, setup.start().await);
+    for round in 0..5 {
+        let key = format!("key{round}");
+        writer.client.put(&key, b"old", Mode::Through).await.unwrap();
+        // Adopting another epoch, a gateway asks no Redis for some seconds.
+        database
+            .execute("update tidegate_control set epoch = epoch + 1, moved_at = clock_timestamp()")
+            .await;
+        eventually("the reader has adopted it", SOON, async || {
+            let read = reader.client.get(&key, ReadConsistency::Shared).await.unwrap();
+            expect(read.source() == Source::Store, read.source())
+        })
+        .await;
+        writer.client.put(&key, b"new", Mode::Behind).await.unwrap();
+        let loaded = reader.client.read(&key).await;
+        if seen(&loaded) != (Some(&b"old"[..]), Source::Store) {
+            // Too late: it asks Redis again.
+            continue;
+        }
+        let end = Duration::from_secs(10);
+        return eventually("the reader shows what was pending", end, async || {
+            let read = reader.client.read(&key).await;
+            expect(seen(&read).0 == Some(&b"new"[..]), read.source())
+        })
+        .await;
+    }
+    panic!("the reader was never early enough to load what the store held");
 }

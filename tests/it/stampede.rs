@@ -6,6 +6,7 @@ use std::time::Duration;
 use redis::cmd;
 use tidegate::rpc::proto::{ReadConsistency, Source};
 use tokio::task::JoinSet;
+use tonic::Code;
 
 use crate::harness::{
     Database, Gateway, Mode, SOON, Setup, client::seen, eventually, expect, proxy::Proxy, redis as redis_server,
@@ -26,11 +27,7 @@ struct Pair {
 
 async fn pair(sections: &str) -> Pair {
     let (database, redis) = (Database::postgres().await, redis_server::start().await);
-    let setup = Setup::new()
-        .store(database.url())
-        .redis(&redis.url())
-        .config(PATIENT)
-        .config(sections);
+    let setup = Setup::new().store(database.url()).redis(&redis.url()).config(sections);
     let gateways = [setup.clone().start().await, setup.start().await];
     let pair = Pair {
         database,
@@ -133,7 +130,10 @@ async fn all_share_one_load(pair: &Pair, key: &str, value: Option<&[u8]>) {
 
 #[tokio::test]
 async fn of_five_hundred_reads_of_one_key_through_two_gateways_one_asks_the_store() {
-    let pair = pair(&format!("[namespace_defaults]\nabsence_lifetime = \"1m\"\n{WAITING}")).await;
+    let pair = pair(&format!(
+        "{PATIENT}[namespace_defaults]\nabsence_lifetime = \"1m\"\n{WAITING}"
+    ))
+    .await;
     pair.database.write_past("orders", "there", b"value").await;
     all_share_one_load(&pair, "there", Some(b"value")).await;
     all_share_one_load(&pair, "absent", None).await;
@@ -143,7 +143,7 @@ async fn of_five_hundred_reads_of_one_key_through_two_gateways_one_asks_the_stor
 async fn a_copy_in_both_gateways_is_renewed_once_and_nobody_waits() {
     // Copies are renewed from their second second on at the earliest, and end in their eighteenth.
     let lifetimes = "[namespace_defaults]\ncache_lifetime = \"20s\"\nrefresh_threshold = 0.8\n";
-    let pair = pair(&format!("{lifetimes}{WAITING}")).await;
+    let pair = pair(&format!("{PATIENT}{lifetimes}{WAITING}")).await;
     let clients = [&pair.gateways[0].client, &pair.gateways[1].client];
     clients[0].put("key", b"old", Mode::Through).await.unwrap();
     assert_eq!(seen(&clients[1].read("key").await).0, Some(&b"old"[..]));
@@ -178,7 +178,7 @@ async fn a_copy_in_both_gateways_is_renewed_once_and_nobody_waits() {
 
 #[tokio::test]
 async fn who_waited_in_vain_asks_for_itself_and_fills_nothing_until_the_token_of_the_dead_has_ended() {
-    let mut pair = pair("[redis]\nload_wait = \"50ms\"\n").await;
+    let mut pair = pair(&format!("{PATIENT}[redis]\nload_wait = \"50ms\"\n")).await;
     pair.database.write_past("orders", "key", b"value").await;
     let hold = pair.database.hold_all().await;
     let read = |gateway: &Gateway| {
@@ -206,6 +206,33 @@ async fn who_waited_in_vain_asks_for_itself_and_fills_nothing_until_the_token_of
         expect(read.source() == Source::L2, read)
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_load_that_failed_gives_its_token_back() {
+    let pair = pair(&format!("[rpc]\ndeadline_default = \"1s\"\n{WAITING}")).await;
+    let hold = pair.database.hold_all().await;
+    let client = pair.gateways[0].client.clone();
+    let reader = tokio::spawn(async move { client.get("key", ReadConsistency::Cached).await });
+    eventually("a token stands", SOON, async || {
+        let places = pair.places("key").await;
+        expect(places.len() == 1, places)
+    })
+    .await;
+    let failed = reader.await.expect("no panic");
+    assert_eq!(failed.map_err(|status| status.code()), Err(Code::DeadlineExceeded));
+    eventually("the token is gone", SOON, async || {
+        let places = pair.places("key").await;
+        expect(places.is_empty(), places)
+    })
+    .await;
+    let stats: String = cmd("INFO")
+        .arg("stats")
+        .query_async(&mut pair.redis.connect().await)
+        .await
+        .expect("INFO");
+    assert!(stats.contains("expired_keys:0\r"), "it did not end by itself: {stats}");
+    hold.release().await;
 }
 
 #[tokio::test]

@@ -69,8 +69,8 @@ const DEADLINE_MAX: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where `tidegate.v1.Admin` is served. Default: 127.0.0.1:9465. Port 0 takes a free one. Whoever reaches it may look into the caches, so
-    /// keep it on loopback or on a network of operators.
+    /// Where `tidegate.v1.Admin` is served. Default: 127.0.0.1:9465. Port 0 takes a free one. Whoever reaches it may make
+    /// every gateway ask the store again, so keep it on loopback or on a network of operators.
     pub listen: SocketAddr,
 }
 
@@ -88,33 +88,41 @@ pub struct Admin {
     admin: AdminServer<AdminService>,
     health: HealthServer<HealthService>,
     reflection: Option<Reflection>,
+    stop: CancellationToken,
 }
 
 impl Admin {
-    /// The services over a gateway of the background runtime, and over what all threads count.
+    /// The services over a gateway of the background runtime, and over what all threads count, until `stop`.
     ///
     /// # Errors
     /// The descriptors of the contract are broken.
-    pub fn new(gateway: Gateway, calls: CallMetrics, health: &HealthReporter, reflection: bool) -> io::Result<Admin> {
+    pub fn new(
+        gateway: Gateway,
+        calls: CallMetrics,
+        health: &HealthReporter,
+        reflection: bool,
+        stop: CancellationToken,
+    ) -> io::Result<Admin> {
         let reflection = reflection.then(|| Reflection::of("tidegate.v1.Admin")).transpose()?;
         Ok(Admin {
-            admin: AdminServer::new(AdminService::new(gateway, calls))
+            admin: AdminServer::new(AdminService::new(gateway, calls, stop.clone()))
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(usize::MAX),
             health: HealthServer::new(HealthService::from_health_reporter(health.clone()))
                 .max_decoding_message_size(HEALTH_MESSAGE_BYTES_MAX),
             reflection,
+            stop,
         })
     }
 
-    /// Serves until `stop`; then the calls under way have a moment to end.
-    pub async fn serve(self, listener: TcpListener, stop: CancellationToken) {
+    /// Serves until it is to stop; then the calls under way have a moment to end.
+    pub async fn serve(self, listener: TcpListener) {
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let mut connections = JoinSet::new();
         loop {
             let stream = tokio::select! {
                 accepted = accept(&listener) => accepted,
-                () = stop.cancelled() => break,
+                () = self.stop.cancelled() => break,
             };
             while connections.try_join_next().is_some() {}
             let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
@@ -124,7 +132,7 @@ impl Admin {
                 );
                 continue;
             };
-            let serve = connection::serve(stream, self.clone(), STREAMS_MAX, stop.clone());
+            let serve = connection::serve(stream, self.clone(), STREAMS_MAX, self.stop.clone());
             connections.spawn(async move {
                 serve.await;
                 drop(place);
@@ -154,7 +162,11 @@ impl Admin {
             "grpc.health.v1.Health" => false,
             _ => return unimplemented(),
         };
-        let deadline = LIMITS.deadline(request.headers());
+        let limits = match request.uri().path() {
+            "/tidegate.v1.Admin/Warm" => &UNHURRIED,
+            _ => &LIMITS,
+        };
+        let deadline = limits.deadline(request.headers());
         request.extensions_mut().insert(deadline);
         let arrives_by = deadline.0.min(Instant::now() + DEADLINE_DEFAULT);
         let request = request.map(|body| Arrival::new(body, arrives_by));
@@ -171,6 +183,12 @@ const LIMITS: CallLimits = CallLimits {
     value_bytes_max: 0,
     deadline_default: DEADLINE_DEFAULT,
     deadline_max: DEADLINE_MAX,
+};
+
+/// The same of a call that takes as long as it takes.
+const UNHURRIED: CallLimits = CallLimits {
+    deadline_default: DEADLINE_MAX,
+    ..LIMITS
 };
 
 impl hyper::service::Service<Request<Incoming>> for Admin {
