@@ -1,8 +1,8 @@
 //! How a copy is laid out as a Redis value.
 //!
-//! Owns the bytes, both ways. Does not own the Redis key, nor when Redis forgets it (`redis` does). Invariants: the version comes
-//! first in every format, so that a script can compare without knowing more; decoding is total: what it does not know for
-//! certain is foreign, and a miss. The script (`redis/slot.lua`) reads and writes the same bytes.
+//! Owns the bytes, both ways. Does not own the Redis key, nor when Redis forgets it (`redis` does). Invariant: decoding is total: what it
+//! does not know for certain is foreign, and a miss. The script (`redis/slot.lua`) reads and writes the same bytes, and takes what is of
+//! another format for nothing; so a new format comes with keys of its own.
 //!
 //! | bytes | what |
 //! |---|---|

@@ -71,10 +71,10 @@ pub fn lifetime(base: Duration) -> Duration {
     (base - tenth).saturating_add(tenth.mul_f64(rand::random_range(0.0..=2.0)))
 }
 
-/// Whether a read of `copy` at `now` should renew it in the background: less than the share `threshold` of `lifetime` is left.
-/// A threshold of 0 never does.
+/// Whether a read of `copy` at `now` should renew it in the background: less than the share `threshold` of `lifetime`, or of its own where
+/// that is shorter, is left. A threshold of 0 never does.
 pub fn needs_refresh(copy: &Copy, now: Timestamp, lifetime: Duration, threshold: f64) -> bool {
-    copy.fresh_until.since(now).as_secs_f64() < lifetime.as_secs_f64() * threshold
+    copy.fresh_until.since(now).as_secs_f64() < lifetime.min(copy.lifetime()).as_secs_f64() * threshold
 }
 
 #[cfg(test)]
@@ -99,6 +99,12 @@ mod tests {
         assert!(!needs_refresh(&copy, Timestamp(80_000), whole, 0.2));
         assert!(needs_refresh(&copy, Timestamp(80_001), whole, 0.2));
         assert!(needs_refresh(&copy, Timestamp(200_000), whole, 0.2));
+        let short = Copy::new(None, Timestamp(0), whole / 10);
+        assert!(
+            !needs_refresh(&short, Timestamp(8_000), whole, 0.2),
+            "not at every read"
+        );
+        assert!(needs_refresh(&short, Timestamp(8_001), whole, 0.2));
         for off in [0.0, -1.0, f64::NAN] {
             assert!(!needs_refresh(&copy, Timestamp(200_000), whole, off));
         }

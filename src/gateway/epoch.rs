@@ -37,6 +37,9 @@ const SETTLING: Duration = Duration::from_secs(3);
 /// For how long the sentinel of a new epoch may be missing: whoever moved it may not have reached Redis.
 const SENTINEL_LATE: Duration = Duration::from_secs(10);
 
+/// How far this replica's clock and the store's may come apart between a move of the epoch and its adoption.
+const CLOCKS_DRIFT: Duration = Duration::from_millis(500);
+
 /// How long a write may wait to be published before the epoch moves.
 const UNPUBLISHED_MAX: Duration = Duration::from_secs(4);
 
@@ -108,11 +111,9 @@ impl Gateway {
                 }
             }
             current => {
-                let readable_from = next.readable_from;
                 sharing.epochs.adopt(next);
                 if current.is_some() {
-                    // Under the new one nothing was filled before then.
-                    sharing.repairs.forget_before(readable_from);
+                    sharing.repairs.forget_before(moved_at(known, now), now);
                     parts.flights.detach_all();
                     self.in_memory(Memory::drop_all).await?;
                 }
@@ -176,6 +177,7 @@ impl Gateway {
                 // Nobody has used this epoch with any Redis yet.
                 if redis.set_sentinel(adopted.epoch).await.is_ok() {
                     let epoch = adopted.epoch;
+                    watch.seen = Some(epoch);
                     let claimed = watch.session.move_epoch(epoch, epoch, Some(&**server)).await;
                     self.moved(claimed.is_ok());
                 }
@@ -194,7 +196,9 @@ impl Gateway {
                 }
                 Ok(false) if watch.seen != Some(adopted.epoch) && now < adopted.readable_from.after(SENTINEL_LATE) => {
                     // A failure is found again.
-                    let _ = redis.set_sentinel(adopted.epoch).await;
+                    if redis.set_sentinel(adopted.epoch).await.is_ok() {
+                        watch.seen = Some(adopted.epoch);
+                    }
                     return INTERVAL;
                 }
                 Ok(false) => "Redis was emptied",
@@ -222,6 +226,9 @@ impl Gateway {
         }
         match watch.session.move_epoch(from, watch.next, answering).await {
             Ok(true) => {
+                if sentinel.is_ok() {
+                    watch.seen = Some(watch.next);
+                }
                 watch.next = Epoch::random();
                 if !std::mem::replace(&mut watch.said, true) {
                     tracing::warn!(why, "the copies in Redis are left behind: a new epoch begins");
@@ -294,6 +301,15 @@ impl Gateway {
             self.parts().sharing.control_changed.notify_one();
         }
     }
+}
+
+/// When the epoch was moved at the earliest, by this replica's clock, where that is known.
+fn moved_at(known: &Known, now: Timestamp) -> Timestamp {
+    let Some(moved_at) = known.control.moved_at else {
+        return Timestamp(0);
+    };
+    let ago = known.asked_at.elapsed() + known.control.now.since(moved_at) + CLOCKS_DRIFT;
+    Timestamp(now.0.saturating_sub(i64::try_from(ago.as_millis()).unwrap_or(i64::MAX)))
 }
 
 /// What a look at the control row says, at `now` or a moment before.

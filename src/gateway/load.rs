@@ -22,7 +22,7 @@ use crate::{
 
 /// How long a copy may answer that was loaded while Redis could not be asked. Another gateway may hold a newer write that the store does not
 /// have yet; it told of that before this was loaded, and tells no more when the store has it.
-const BLIND_LIFETIME: Duration = Duration::from_secs(2);
+const BLIND_LIFETIME: Duration = Duration::from_secs(1);
 
 impl Gateway {
     /// Loads in a task of its own: those who join do not lose the answer when the caller that leads goes away.
@@ -89,6 +89,10 @@ impl Gateway {
         wanted: impl Fn(&Loaded, Timestamp) -> bool,
         deadline: Instant,
     ) -> Result<Loaded, Error> {
+        if self.parts().loads.store_is_down() {
+            // Nobody's load will land: who reads during an outage waits for none.
+            return self.get_stored(key, above, deadline).await;
+        }
         match self.claim(key, wanted).await {
             Claim::Found(found) => Ok(newest_of(self.look_in_pending(key), Some(found.clone())).unwrap_or(found)),
             Claim::Load {

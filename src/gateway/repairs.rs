@@ -30,7 +30,7 @@ struct Waiting {
     keys: HashMap<Key, Repair, RandomState>,
     /// How many of them are not provisional.
     open: usize,
-    /// Since when more than can be remembered was to be.
+    /// When more than can be remembered was last to be.
     overflowed: Option<Timestamp>,
 }
 
@@ -39,6 +39,8 @@ struct Repair {
     /// What is older than this must go.
     version: Version,
     since: Timestamp,
+    /// When Redis was last not told of it.
+    latest: Timestamp,
     /// It went, under the epoch that was gone by then; it is not known yet whether that one still held.
     provisional: bool,
 }
@@ -52,6 +54,7 @@ impl Repairs {
         match waiting.keys.entry(key.clone()) {
             hash_map::Entry::Occupied(mut known) => {
                 let known = known.get_mut();
+                known.latest = now;
                 if known.provisional {
                     known.since = now;
                     known.provisional = false;
@@ -63,12 +66,13 @@ impl Repairs {
                 slot.insert(Repair {
                     version,
                     since: now,
+                    latest: now,
                     provisional: false,
                 });
                 waiting.open += 1;
             }
             hash_map::Entry::Vacant(_) => {
-                waiting.overflowed.get_or_insert(now);
+                waiting.overflowed = Some(now);
             }
         }
         self.note(waiting);
@@ -111,16 +115,19 @@ impl Repairs {
         self.note(waiting);
     }
 
-    /// A new epoch is gone by, under which nothing was filled before `then`: what had failed by then is in the store for every fill. What
-    /// failed later is to be repaired under it.
-    pub(super) fn forget_before(&self, then: Timestamp) {
+    /// A new epoch is gone by at `now`, which was moved to at `moved_at` or later: copies of the time before are left behind everywhere, L1s
+    /// included. Other replicas may have gone by it sooner than this one, and have kept in L1 since then what a later failure did not take
+    /// from them: that is to be told still.
+    pub(super) fn forget_before(&self, moved_at: Timestamp, now: Timestamp) {
         let mut waiting = self.waiting.lock();
-        waiting.keys.retain(|_, repair| repair.since >= then);
+        waiting.keys.retain(|_, repair| repair.latest >= moved_at);
         for repair in waiting.keys.values_mut() {
+            // It has its time anew: under this epoch nothing was tried yet.
+            repair.since = now;
             repair.provisional = false;
         }
         waiting.open = waiting.keys.len();
-        waiting.overflowed = waiting.overflowed.filter(|since| *since >= then);
+        waiting.overflowed = waiting.overflowed.filter(|since| *since >= moved_at);
         self.note(&waiting);
     }
 
@@ -190,14 +197,22 @@ mod tests {
     }
 
     #[test]
-    fn a_new_epoch_makes_good_what_failed_before_its_first_fill() {
+    fn a_new_epoch_makes_good_what_failed_before_it_was_moved_to() {
         let repairs = Repairs::default();
-        repairs.add(&key(1), version(5), Timestamp(10));
-        repairs.add(&key(2), version(5), Timestamp(20));
-        repairs.done(&key(2), version(5), Timestamp(9));
-        repairs.forget_before(Timestamp(20));
-        assert!(!repairs.is_empty(), "it was repaired under the epoch before");
-        assert_eq!(repairs.some(10, Timestamp(9)), [(key(2), version(5))]);
+        for number in 1..=3 {
+            repairs.add(&key(number), version(5), Timestamp(10));
+        }
+        // One failed again since, and one is repaired under the epoch before.
+        repairs.add(&key(2), version(6), Timestamp(20));
+        repairs.add(&key(3), version(6), Timestamp(20));
+        repairs.done(&key(3), version(6), Timestamp(9));
+        repairs.forget_before(Timestamp(20), Timestamp(30));
+        let mut left = repairs.some(10, Timestamp(9));
+        left.sort_by_key(|(key, _)| key.key().to_owned());
+        assert_eq!(left, [(key(2), version(6)), (key(3), version(6))]);
+        assert_eq!(repairs.since(), Some((Timestamp(30), false)), "with its time anew");
+        repairs.forget_before(Timestamp(30), Timestamp(40));
+        assert!(repairs.is_settled());
     }
 
     #[test]
@@ -214,7 +229,7 @@ mod tests {
         }
         assert!(!repairs.is_empty(), "what was not remembered is not repaired");
         assert_eq!(repairs.since(), Some((Timestamp(60), true)));
-        repairs.forget_before(LATER);
+        repairs.forget_before(LATER, LATER);
         assert!(repairs.is_settled());
     }
 }

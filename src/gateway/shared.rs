@@ -65,12 +65,10 @@ impl Drop for FillToken {
     fn drop(&mut self) {
         if let Some(token) = self.token.take() {
             let (gateway, key) = (self.gateway.clone(), self.key.clone());
-            self.gateway.inner.tasks.spawn(async move {
-                if let Some(redis) = &gateway.inner.redis {
-                    // A failure leaves it until it ends.
-                    let _ = redis.release(&key, token).await;
-                }
-            });
+            self.gateway
+                .inner
+                .tasks
+                .spawn(async move { gateway.release(&key, token).await });
         }
     }
 }
@@ -135,6 +133,14 @@ impl Gateway {
         Some(entered)
     }
 
+    /// Gives the token of a write back that will not be published: nobody is to wait for it. Who shares it lands nowhere, and that is safe.
+    pub(super) async fn release(&self, key: &Key, token: SlotToken) {
+        if let Some(redis) = &self.inner.redis {
+            // A failure leaves it until it ends.
+            let _ = redis.release(key, token).await;
+        }
+    }
+
     /// Offers a write to Redis, and tells the other replicas. What came of it; `None` where there is no Redis, or no answer: then it is
     /// remembered that something older may stand there.
     pub(super) async fn publish(&self, write: &Write, copy: &Copy, hold: Hold) -> Option<Published> {
@@ -146,8 +152,11 @@ impl Gateway {
         published.ok()
     }
 
-    /// Remembers that something older than `version` may stand in Redis.
+    /// Remembers that something older than `version` may stand in Redis, if there is one.
     pub(super) fn remember(&self, key: &Key, version: Version) {
+        if self.inner.redis.is_none() {
+            return;
+        }
         let now = self.parts().clock.now();
         self.parts().sharing.repairs.add(key, version, now);
         self.parts().metrics.redis_unpublished.inc();

@@ -13,7 +13,7 @@ use super::{Durability, Gateway, WriteRequest, Written, died};
 use crate::{
     cache::redis::{Hold, Published},
     clock::NoStamp,
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, Outcome},
     model::{Entry, Key, Tags, Timestamp, Version, Write, content_bytes},
     namespace::WriteMode,
     queue::{Admission, Claim},
@@ -96,10 +96,20 @@ impl Gateway {
         let token = parts.memory.leave_token(&draft.key);
         let entered = self.enter_shared(&draft.key).await;
         let standing = entered.and_then(|entered| entered.standing);
-        let mut write = draft.stamped(self.stamp(&draft.key, standing)?);
-        while let Committed::Superseded { standing } = parts.commits.commit(write.clone(), draft.deadline).await? {
-            write.entry.version = self.stamp(&draft.key, Some(standing))?;
-        }
+        let committed = self.commit_above(&draft, standing).await;
+        let write = match committed {
+            Ok(write) => write,
+            Err((error, tried)) => {
+                if let Some(entered) = entered {
+                    self.release(&draft.key, entered.token).await;
+                }
+                if let Some(version) = tried.filter(|_| error.outcome() == Outcome::Unknown) {
+                    // If the store has it, what is older must not go on answering.
+                    self.remember(&draft.key, version);
+                }
+                return Err(error);
+            }
+        };
         parts.queue.overtake(&write.key, write.entry.version);
         let copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         let hold = entered.map_or(Hold::Nothing, |entered| Hold::Token(entered.token));
@@ -113,6 +123,26 @@ impl Gateway {
             version: write.entry.version,
             durability: Durability::Store,
         })
+    }
+
+    /// Commits above everything that is known to stand, or turns out to. What was committed; or why nothing was, and the version that was
+    /// tried last.
+    async fn commit_above(
+        &self,
+        draft: &Draft,
+        mut standing: Option<Version>,
+    ) -> Result<Write, (Error, Option<Version>)> {
+        let mut tried = None;
+        loop {
+            let version = self.stamp(&draft.key, standing).map_err(|error| (error, tried))?;
+            tried = Some(version);
+            let write = draft.stamped(version);
+            let committed = self.parts().commits.commit(write.clone(), draft.deadline).await;
+            match committed.map_err(|error| (error, tried))? {
+                Committed::Superseded { standing: higher } => standing = Some(higher),
+                _ => return Ok(write),
+            }
+        }
     }
 
     async fn write_behind(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {

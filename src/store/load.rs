@@ -63,6 +63,11 @@ impl GroupLoad {
         }
     }
 
+    /// Whether the store is held to be down, so that a load fails at once.
+    pub fn store_is_down(&self) -> bool {
+        self.store.breaker().is_open()
+    }
+
     /// Starts the tasks that load, on the current runtime. When `stop` is cancelled they finish the query that runs, answer what still
     /// waits with `Unavailable`, and end.
     #[must_use = "a task that ends before it was told to has died"]

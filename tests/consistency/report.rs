@@ -7,6 +7,7 @@ use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::{
@@ -26,6 +27,10 @@ const MILLI: Nanos = 1_000_000;
 
 /// The fewest calls in a second that make a run worth its time.
 const CALLS_MIN: u64 = 100;
+
+/// How many kinds of faults there are, and from which length of a run on each has to have come.
+const KINDS: usize = 21;
+const LENGTH_FOR_ALL: Duration = Duration::from_secs(120);
 
 /// What surrounds a violation: so long before it, and after.
 const BEFORE: Nanos = 1_000 * MILLI;
@@ -67,10 +72,7 @@ impl<'a> Report<'a> {
 
     /// How it went.
     pub fn line(&self) -> String {
-        let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
-        for happened in &self.ended.faults {
-            *kinds.entry(happened.scene.fault.kind()).or_default() += 1;
-        }
+        let kinds = kinds(self.ended);
         let kinds: Vec<String> = kinds.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
         let millis = |permille| self.verdict.staleness_at(permille) / MILLI;
         format!(
@@ -178,6 +180,15 @@ impl<'a> Report<'a> {
     }
 }
 
+/// How often each kind of fault came.
+fn kinds(ended: &Ended) -> BTreeMap<&'static str, usize> {
+    let mut kinds = BTreeMap::new();
+    for happened in &ended.faults {
+        *kinds.entry(happened.scene.fault.kind()).or_default() += 1;
+    }
+    kinds
+}
+
 /// Why a run proves nothing.
 fn void(ended: &Ended, verdict: &Verdict) -> Vec<String> {
     let mut void = Vec::new();
@@ -191,6 +202,10 @@ fn void(ended: &Ended, verdict: &Verdict) -> Vec<String> {
     }
     if ended.faults.is_empty() {
         void.push("void: nothing broke".to_owned());
+    }
+    let kinds = kinds(ended).len();
+    if ended.length >= LENGTH_FOR_ALL && kinds < KINDS {
+        void.push(format!("void: {kinds} kinds of faults came, of {KINDS}"));
     }
     let judged = verdict.judged;
     for (what, count) in [

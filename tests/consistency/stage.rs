@@ -29,10 +29,13 @@ const CLOCK_OFFSET_MAX: i64 = 5_000;
 /// Each connection is one serving thread's.
 const CONNECTIONS: usize = 4;
 
-/// The configuration of every gateway.
+/// The configuration of every gateway. Copies of the keys that are written only through live as long as by default: nothing but what is promised
+/// keeps them from being stale. Those of the keys written behind end soon, so that they are renewed while writes are pending.
 const CONFIG: &str = r#"
 [namespaces.behind]
 write_delay = "100ms"
+cache_lifetime = "2s"
+refresh_threshold = 0.8
 
 [queue]
 retry_backoff_max = "200ms"

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tidegate::rpc::proto::{GetResponse, ReadConsistency, Source};
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::Instant};
 use tonic::{Code, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_types::StatusExt;
@@ -328,5 +328,53 @@ async fn an_expired_copy_outlives_an_outage_as_far_as_the_namespace_lets_it() {
             expect(!read.stale, read)
         })
         .await;
+    }
+}
+
+#[tokio::test]
+async fn during_an_outage_nobody_waits_for_the_load_of_another() {
+    let mut postgres = Server::start().await;
+    let (database, redis) = (Database::at(&postgres.create_database().await), redis::start().await);
+    // So long that a read which waited is told from one that a busy machine delayed.
+    let gateway = Setup::new()
+        .store(database.url())
+        .redis(&redis.url())
+        .config("[redis]\nload_wait = '20s'\n[rpc]\ndeadline_default = '30s'")
+        .config("[namespace_defaults]\ncache_lifetime = '100ms'\nrefresh_threshold = 0.0\nstale_if_error = '1h'")
+        .start()
+        .await;
+    eventually("the copy is in Redis", SOON, async || {
+        gateway.client.put("key", b"value", Mode::Through).await.unwrap();
+        let read = gateway.client.get("key", Shared).await.unwrap();
+        expect(read.source() == Source::L2, read)
+    })
+    .await;
+    postgres.stop(Stop::Fast).await;
+    gateway.await_health("tidegate.store", ServingStatus::NotServing).await;
+    // The token of a load that never ends, where the layout has it.
+    let mut connection = redis.connect().await;
+    let slots: Vec<String> = ::redis::cmd("KEYS")
+        .arg("*:orders:key")
+        .query_async(&mut connection)
+        .await
+        .unwrap();
+    let token = [&[7_u8; 8][..], &i64::MAX.to_be_bytes()].concat();
+    let set: i64 = ::redis::cmd("SETRANGE")
+        .arg(&slots[0])
+        .arg(34)
+        .arg(token)
+        .query_async(&mut connection)
+        .await
+        .unwrap();
+    assert!(slots.len() == 1 && set > 50, "{slots:?} {set}");
+    for consistency in [Cached, Shared] {
+        let begun = Instant::now();
+        eventually("the copy is past its lifetime", SOON, async || {
+            let read = gateway.client.get("key", consistency).await.expect("a copy is known");
+            expect(read.stale, read)
+        })
+        .await;
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(15), "{consistency:?}: {took:?}");
     }
 }

@@ -27,6 +27,7 @@ mod bad_input;
 mod cache_redis;
 mod channel;
 mod clock;
+mod coherence;
 mod config;
 mod deadlines;
 mod freshness;

@@ -23,6 +23,7 @@ struct Author {
 /// See the module.
 pub struct Known<'a> {
     pub key: usize,
+    class: Class,
     by_value: HashMap<Value, &'a Op>,
     /// Of the puts whose version is known, by their values.
     versions: HashMap<Value, Version>,
@@ -42,6 +43,7 @@ impl<'a> Known<'a> {
     pub fn learn(history: &History, key: usize, class: Class, ops: &[&'a Op], verdict: &mut Verdict) -> Known<'a> {
         let mut known = Known {
             key,
+            class,
             by_value: HashMap::new(),
             versions: HashMap::new(),
             authors: BTreeMap::new(),
@@ -73,20 +75,13 @@ impl<'a> Known<'a> {
                 ..
             } = &op.act
             {
-                known.recognise(*version, *value, op.ret, op.call, source, verdict);
+                known.recognise((*version, *value), op.ret, op.call, source, verdict);
             }
         }
         let applied = history.applied.get(&key).into_iter().flatten();
         let call = |record: &Record| known.authors.get(&record.version).map_or(0, |author| author.call);
         known.applied = applied.map(|record| (record.version, call(record))).collect();
         known.applied.sort_unstable();
-        if class == Class::Through {
-            // Nobody sees what was never committed: a later write of the same commit took its place.
-            let applied = &known.applied;
-            known
-                .tombstones
-                .retain(|(version, _)| applied.binary_search_by_key(version, |(version, _)| *version).is_ok());
-        }
         known.tombstones.sort_unstable();
         let mut by_call: Vec<_> = known
             .tombstones
@@ -137,7 +132,7 @@ impl<'a> Known<'a> {
             }
             stands = Some(*version);
             match value {
-                Some(value) => self.recognise(*version, *value, end, end, "the audit", verdict),
+                Some(value) => self.recognise((*version, *value), end, end, "the audit", verdict),
                 None => tombs += usize::from(self.recognise_tombstone(*version, untold, verdict, end)),
             }
         }
@@ -177,8 +172,7 @@ impl<'a> Known<'a> {
     /// Finds the write whose value was seen, by `seen_by`.
     fn recognise(
         &mut self,
-        version: Version,
-        value: Value,
+        (version, value): (Version, Value),
         seen_by: Nanos,
         at: Nanos,
         place: &str,
@@ -230,13 +224,16 @@ impl<'a> Known<'a> {
         }
     }
 
-    /// The lowest version, at or above `floor`, that an absence seen by `seen_by` can be: 0 where nothing need have been written.
-    pub fn absence(&self, floor: Version, seen_by: Nanos) -> Option<Version> {
+    /// The lowest version, at or above `floor`, that an absence seen by `seen_by` can be: 0 where nothing need have been written. In the store
+    /// itself nobody sees a delete that a higher write of its commit superseded; a cache may have been told of both.
+    pub fn absence(&self, floor: Version, seen_by: Nanos, of_store: bool) -> Option<Version> {
         if floor <= 0 {
             return Some(0);
         }
+        let committed = of_store && self.class == Class::Through;
         let first = self.tombstones.partition_point(|(version, _)| *version < floor);
-        called_before(&self.tombstones[first..], seen_by)
+        let above = self.tombstones[first..].iter();
+        called_before(above, seen_by, |version| !committed || self.is_applied(version))
             .or_else(|| self.is_open_above(floor, seen_by).then_some(floor))
     }
 
@@ -250,7 +247,7 @@ impl<'a> Known<'a> {
     /// The lowest version above another one that came into the row and was called before an instant.
     pub fn applied_above(&self, version: Version, before: Nanos) -> Option<Version> {
         let first = self.applied.partition_point(|(applied, _)| *applied <= version);
-        called_before(&self.applied[first..], before)
+        called_before(self.applied[first..].iter(), before, |_| true)
     }
 
     /// The highest version that an absence seen by `seen_by` can be.
@@ -277,12 +274,15 @@ impl<'a> Known<'a> {
     }
 }
 
-/// The first of these versions that was called before an instant.
-fn called_before(versions: &[(Version, Nanos)], instant: Nanos) -> Option<Version> {
+/// The first of these versions that `fits` and was called before an instant.
+fn called_before<'a>(
+    versions: impl Iterator<Item = &'a (Version, Nanos)>,
+    instant: Nanos,
+    fits: impl Fn(Version) -> bool,
+) -> Option<Version> {
     versions
-        .iter()
         // Calls rise about as versions do.
         .take_while(|(_, call)| *call < instant.saturating_add(3 * OPEN_DELETE_LASTS))
-        .find(|(_, call)| *call < instant)
+        .find(|(version, call)| *call < instant && fits(*version))
         .map(|(version, _)| *version)
 }

@@ -135,7 +135,11 @@ fn place(known: &Known<'_>, op: &Op, floor: Place) -> Found {
             ..
         } => {
             if is_of_store(*consistency) {
-                Found::Absent(known.absence(floor.0, op.ret).map(|version| (version, Beside::After)))
+                Found::Absent(
+                    known
+                        .absence(floor.0, op.ret, true)
+                        .map(|version| (version, Beside::After)),
+                )
             } else {
                 Found::Nothing
             }

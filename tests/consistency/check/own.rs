@@ -22,6 +22,7 @@ pub(super) fn judge_sessions(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdi
                 at_least: None, found, ..
             } => *floor = (*floor).max(found.map_or(0, |(version, _)| version)),
             Act::Read {
+                consistency,
                 at_least: Some(at_least),
                 found,
                 ..
@@ -30,7 +31,7 @@ pub(super) fn judge_sessions(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdi
                 let asked = (*floor).max(*at_least);
                 let shown = match found {
                     Some((version, _)) => Some(*version),
-                    None => known.absence(asked, op.ret),
+                    None => known.absence(asked, op.ret, is_of_store(*consistency)),
                 };
                 if shown.is_none_or(|shown| shown < asked) {
                     let what = format!(
@@ -91,7 +92,7 @@ pub(super) fn judge_replicas(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdi
         verdict.judged.own += 1;
         let shown = match found {
             Some((version, _)) => Some(*version),
-            None => known.absence(floor, op.ret),
+            None => known.absence(floor, op.ret, is_of_store(*consistency)),
         };
         if shown.is_none_or(|shown| shown < floor) {
             let what = format!(

@@ -145,6 +145,12 @@ impl Database {
         self.hold("access exclusive").await
     }
 
+    /// Holds every look at the epochs, until dropped. PostgreSQL only.
+    pub async fn hold_epochs(&self) -> Hold {
+        self.locked("begin; lock table tidegate_namespace_epochs in access exclusive mode")
+            .await
+    }
+
     async fn hold(&self, mode: &str) -> Hold {
         self.locked(&format!("begin; lock table tidegate_entries in {mode} mode"))
             .await

@@ -4,7 +4,7 @@
 //! connection, the bytes that arrive are the first that were sent, in their order: a connection that has lost some is ended, never mended.
 //! Bounded: so much of each direction is on its way at a time, and the senders wait beyond that.
 
-use std::{future::pending, io, net::SocketAddr, time::Duration};
+use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -39,8 +39,10 @@ pub enum Passage {
     AnswersLost,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Network {
+    /// The far end, of connections yet to come.
+    server: Arc<str>,
     passage: Passage,
     /// Of requests, and of answers.
     delays: [Duration; 2],
@@ -67,11 +69,12 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
         let (network, watched) = watch::channel(Network {
+            server: server.into(),
             passage: Passage::Open,
             delays: [Duration::ZERO; 2],
             resets: 0,
         });
-        tokio::spawn(accept(listener, server.to_owned(), watched));
+        tokio::spawn(accept(listener, watched));
         Proxy { address, network }
     }
 
@@ -88,6 +91,14 @@ impl Proxy {
     /// Where its near end is.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Leads to another server at `host:port`: connections yet to come, for those there are end as in a crash.
+    pub fn lead_to(&self, server: &str) {
+        self.network.send_modify(|network| {
+            network.server = server.into();
+            network.resets += 1;
+        });
     }
 
     /// From now on it does this.
@@ -119,13 +130,13 @@ impl Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, server: String, mut network: watch::Receiver<Network>) {
+async fn accept(listener: TcpListener, mut network: watch::Receiver<Network>) {
     loop {
         tokio::select! {
             accepted = listener.accept() => {
                 let Ok((near, _)) = accepted else { continue };
                 if network.borrow().passage != Passage::Cut {
-                    tokio::spawn(forward(near, server.clone(), network.clone()));
+                    tokio::spawn(forward(near, network.clone()));
                 }
             }
             changed = network.changed() => {
@@ -138,10 +149,10 @@ async fn accept(listener: TcpListener, server: String, mut network: watch::Recei
 }
 
 /// Forwards until both sides have ended, or the network ends the connection.
-async fn forward(mut near: TcpStream, server: String, network: watch::Receiver<Network>) {
-    let resets = network.borrow().resets;
+async fn forward(mut near: TcpStream, network: watch::Receiver<Network>) {
+    let Network { server, resets, .. } = network.borrow().clone();
     // How a dial fails is for the near side to notice.
-    let Ok(Ok(mut far)) = timeout(DIAL_WAIT, TcpStream::connect(&server)).await else {
+    let Ok(Ok(mut far)) = timeout(DIAL_WAIT, TcpStream::connect(&*server)).await else {
         return;
     };
     for side in [&near, &far] {

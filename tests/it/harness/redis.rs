@@ -11,6 +11,9 @@ use super::{
     process::{Directory, Process, free_port},
 };
 
+/// What is saved, in a server's directory.
+const DUMP: &str = "dump.rdb";
+
 /// A server. Dropping it stops it.
 pub struct Server {
     process: Option<Process>,
@@ -20,7 +23,10 @@ pub struct Server {
 
 /// Starts an empty server and waits until it answers.
 pub async fn start() -> Server {
-    let directory = Directory::new("redis");
+    start_in(Directory::new("redis")).await
+}
+
+async fn start_in(directory: Directory) -> Server {
     for _ in 0..20 {
         let port = free_port();
         if let Some(process) = run(&directory, port).await {
@@ -63,6 +69,14 @@ impl Server {
         let () = saved.expect("the directory is ours");
     }
 
+    /// Starts another server, elsewhere, that holds what this one saved, and waits until it answers. No later start finds that.
+    pub async fn start_another(&self) -> Server {
+        let directory = Directory::new("redis");
+        let [from, to] = [&self.directory, &directory].map(|directory| directory.path().join(DUMP));
+        fs::rename(from, to).expect("it was saved");
+        start_in(directory).await
+    }
+
     /// How many bytes of memory it has in use.
     pub async fn used_bytes(&self) -> u64 {
         let info: String = cmd("INFO")
@@ -84,7 +98,7 @@ impl Server {
             self.port
         );
         // There is one only if it was saved.
-        let _ = fs::remove_file(self.directory.path().join("dump.rdb"));
+        let _ = fs::remove_file(self.directory.path().join(DUMP));
     }
 
     /// Freezes the server: connections stay, nothing is answered.

@@ -69,6 +69,59 @@ fn every_way_to_be_wrong_is_noticed() {
     }
 }
 
+/// Both writes of one commit are told to the caches, and the lower one never stood in the store.
+#[test]
+fn a_superseded_delete_may_be_seen_in_a_cache_and_nowhere_else() {
+    let op = |session: u32, call, ret, act| Op {
+        key: 0,
+        session,
+        replica: Replica {
+            number: 0,
+            life: Some(0),
+        },
+        call,
+        ret,
+        act,
+    };
+    let write = |version, value| Act::Write {
+        through: true,
+        value,
+        outcome: Outcome::Ok(version),
+    };
+    let rows = [1, 3].map(|version| Record {
+        version,
+        value: Some(Value(version as u64)),
+    });
+    for (consistency, violations) in [(Consistency::Cached, 0), (Consistency::Store, 1)] {
+        let absent = Act::Read {
+            consistency,
+            at_least: Some(1),
+            found: None,
+            stale: false,
+            source: "somewhere",
+        };
+        let history = History {
+            classes: vec![Class::Through],
+            ops: vec![
+                op(1, 10, 20, write(1, Some(Value(1)))),
+                op(2, 30, 60, write(2, None)),
+                op(3, 31, 61, write(3, Some(Value(3)))),
+                op(4, 40, 50, absent),
+            ],
+            applied: BTreeMap::from([(0, rows.to_vec())]),
+            rows: BTreeMap::from([(0, rows[1])]),
+            ..History::default()
+        };
+        let verdict = judge(&history, BOUNDS);
+        let rules = [Rule::OutOfOrder, Rule::SessionWentBack, Rule::OwnWriteMissed];
+        let wrong = rules.into_iter().filter(|rule| {
+            let mut complaints = verdict.complaints.iter();
+            complaints.any(|complaint| complaint.rule == *rule)
+        });
+        assert_eq!(wrong.count(), violations * rules.len(), "{:#?}", verdict.complaints);
+    }
+}
+
 /// A second opinion, by trying every order: of a few calls that have any versions, most of them impossible.
 #[test]
 fn the_sweep_agrees_with_a_search_through_all_orders() {
