@@ -20,7 +20,7 @@ use crate::model::{COUNTER_BITS, NODE_BITS, Timestamp, VERSION_EPOCH_MILLIS, Ver
 /// reserved too. One that is far ahead ([`is_far_ahead`]), as from a machine whose clock is wrong, raises only the stamps of its own key.
 const OBSERVE_AHEAD_MAX: Duration = Duration::from_secs(20);
 
-/// What is kept free of a reservation for stamps that follow an observation at its end: two million, until
+/// What is kept free of a reservation for stamps that follow an observation at its end: a million, until
 /// the wall clock has caught up.
 const STAMPS_SLACK: i64 = 1_000 << COUNTER_BITS;
 
@@ -93,10 +93,11 @@ pub struct Clock {
     started_at: Timestamp,
     started: Instant,
     node: u16,
-    /// Milliseconds since [`VERSION_EPOCH_MILLIS`] and counter of the highest stamp or observation: a version without its node.
+    /// Milliseconds since [`VERSION_EPOCH_MILLIS`] and counter of the highest stamp or observation: a version without its node. The stamps that
+    /// it gives are even.
     last: AtomicI64,
     /// The same of the highest stamp on a key that stood too far ahead to move the clock. Such keys are few (a machine's clock was
-    /// wrong), and may raise one another.
+    /// wrong), and may raise one another. The stamps that it gives are odd: `last` may come to where they are, and gives none of them again.
     last_ahead: AtomicI64,
     /// Where `last` began: what is at or below it, an earlier process may have stamped.
     floor: i64,
@@ -155,13 +156,13 @@ impl Clock {
         if let Some(standing) = standing {
             self.observe_at(standing, now);
         }
-        let next = rise(&self.last, logical(now));
+        let next = rise(&self.last, logical(now), 0);
         // A version that was too far ahead to move the clock still has to be passed, on its own key.
         let above = standing.map_or(0, |version| (version.get() >> NODE_BITS) + 1);
         if next >= above {
             return Ok(self.version(next));
         }
-        let passing = self.version(rise(&self.last_ahead, above));
+        let passing = self.version(rise(&self.last_ahead, above, 1));
         // So that the next stamp of the key passes this one too, whatever is known by then.
         self.observe_at(passing, now);
         Ok(passing)
@@ -267,11 +268,13 @@ impl Clock {
     }
 }
 
-/// Raises a register to `least`, or by one, whichever is more. What it is then, which no other call gets.
-fn rise(register: &AtomicI64, least: i64) -> i64 {
+/// Raises a register to `least`, or above what it is, whichever is more, and to the next number of this parity. What it is then, which no
+/// other call gets.
+fn rise(register: &AtomicI64, least: i64, parity: i64) -> i64 {
     let mut last = register.load(Ordering::Relaxed);
     loop {
         let next = least.max(last + 1);
+        let next = next + ((next ^ parity) & 1);
         match register.compare_exchange_weak(last, next, Ordering::Relaxed, Ordering::Relaxed) {
             Ok(_) => return next,
             Err(seen) => last = seen,
@@ -353,6 +356,19 @@ mod tests {
         // Nothing is reserved for one that is far ahead.
         clock.observe(ahead(&clock, FAR_AHEAD * 2));
         assert!(!is_far_ahead(clock.reservation(), clock.now()));
+    }
+
+    #[test]
+    fn a_stamp_that_passed_what_is_not_reserved_is_not_given_again_once_it_is() {
+        let clock = Clock::new(1, None);
+        clock.reserve(clock.reservation());
+        let seen = ahead(&clock, OBSERVE_AHEAD_MAX + Duration::from_secs(5));
+        // A write that is stamped before the reservation, and heard of only after it.
+        let passed = rise(&clock.last_ahead, (seen.get() >> NODE_BITS) + 1, 1);
+        clock.observe(seen);
+        clock.reserve(clock.reservation());
+        let later = (0..1_000).map(|_| clock.stamp(None).expect("leased"));
+        assert!(later.into_iter().all(|stamp| stamp.get() >> NODE_BITS != passed));
     }
 
     #[tokio::test]

@@ -72,11 +72,13 @@ pub struct NamespaceSettings {
     /// The share of `cache_lifetime` that, when less of it is left, makes a read renew the copy in the background. Default: 0.2;
     /// 0 turns it off. Higher loads the store more and makes a waiting read rarer.
     pub refresh_threshold: f64,
-    /// How many of the records written last are loaded into the caches after the start. Default: 0. Of namespaces that are configured by name alone: no
-    /// other is known at the start. More makes fewer first reads wait for the store, and loads that more when a gateway starts.
+    /// How many of the records written last are loaded into the caches after the start. Default: 0. Of namespaces that are configured by
+    /// name alone: no other is known at the start. More makes fewer first reads wait for the store, and loads that more when a gateway
+    /// starts.
     pub warm_at_start: u32,
-    /// For how long after its lifetime a copy of a live record may still answer a read, marked stale, while the store cannot answer. Default:
-    /// 0, never; at most 30 days. Longer lets reads outlive a longer outage, and Redis keeps copies for so much longer, 30 days at most.
+    /// For how long after its lifetime a copy of a live record may still answer a read, marked stale, while the store cannot answer.
+    /// Default: 0, never; at most 30 days. Longer lets reads outlive a longer outage, and Redis keeps copies for so much longer, 30 days
+    /// at most.
     #[serde(with = "humantime_serde")]
     pub stale_if_error: Duration,
 }

@@ -1,7 +1,7 @@
 //! `tidegate stats`: what a running gateway has counted, as tables or as JSON, once or again and again.
 //!
-//! Owns the presentation. Does not own the figures (`tidegate.v1.Admin/Stats` says what each means). Invariant: a standard output that nobody reads
-//! any more ends the command, and is no error.
+//! Owns the presentation. Does not own the figures (`tidegate.v1.Admin/Stats` says what each means). Invariant: a standard output that
+//! nobody reads any more ends the command, and is no error.
 
 use std::{
     io::{self, IsTerminal, Write},

@@ -31,6 +31,11 @@ impl Origin {
     pub fn random() -> Origin {
         Origin(rand::random())
     }
+
+    /// Who sent a message, without a look at the rest of it.
+    pub(super) fn of(bytes: &[u8]) -> Option<Origin> {
+        bytes.first_chunk().map(|origin| Origin(u64::from_be_bytes(*origin)))
+    }
 }
 
 impl fmt::Display for Origin {
@@ -104,10 +109,11 @@ impl Message {
     /// # Errors
     /// [`Foreign`] for anything that [`Message::encode`] does not make of a valid message.
     pub fn decode(bytes: &[u8]) -> Result<(Origin, Message), Foreign> {
-        let (origin, rest) = bytes.split_first_chunk().ok_or(Foreign)?;
+        let origin = Origin::of(bytes).ok_or(Foreign)?;
+        let rest = &bytes[8..];
         let (kind, rest) = rest.split_first().ok_or(Foreign)?;
         let (version, names) = rest.split_first_chunk().ok_or(Foreign)?;
-        let (origin, version) = (Origin(u64::from_be_bytes(*origin)), i64::from_be_bytes(*version));
+        let version = i64::from_be_bytes(*version);
         let names = str::from_utf8(names).map_err(|_| Foreign)?;
         let (namespace, name) = names.split_once('\0').ok_or(Foreign)?;
         let key = || Key::new(namespace, name).map_err(|_| Foreign);

@@ -91,7 +91,8 @@ impl RedisFailure {
 pub struct SlotToken([u8; 8]);
 
 impl SlotToken {
-    fn random() -> SlotToken {
+    /// One that nobody has.
+    pub fn random() -> SlotToken {
         // Zeros stand for none.
         SlotToken(rand::random_range(1..=u64::MAX).to_be_bytes())
     }
@@ -100,7 +101,7 @@ impl SlotToken {
 /// What came of asking for the load of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claimed {
-    /// The token to land with; `None`: another load is under way, or a write.
+    /// The token, if it stands now; `None`: another load is under way, or a write.
     pub token: Option<SlotToken>,
     /// The copy that stands.
     pub copy: Option<Copy>,
@@ -217,8 +218,7 @@ impl RedisCache {
     ///
     /// # Errors
     /// [`RedisFailure`]: the load is to land nowhere.
-    pub async fn claim(&self, key: &Key) -> Result<Claimed, RedisFailure> {
-        let token = SlotToken::random();
+    pub async fn claim(&self, key: &Key, token: SlotToken) -> Result<Claimed, RedisFailure> {
         let answer = self.run(key, "claim", &[&[&token.0]]).await?;
         let Some((mine, slot)) = answer.split_first() else {
             return Err(self.foreign());
@@ -423,6 +423,24 @@ impl RedisCache {
             Ok((removed, (next != 0).then_some(next)))
         };
         step.await.inspect_err(|failure| self.link.count(failure))
+    }
+
+    /// How many keys the server has evicted since it runs.
+    ///
+    /// # Errors
+    /// [`RedisFailure`].
+    pub async fn evictions(&self) -> Result<u64, RedisFailure> {
+        let mut info = Cmd::new();
+        info.arg("INFO").arg("stats");
+        let told = self
+            .ask_any(&info)
+            .await
+            .inspect_err(|failure| self.link.count(failure))?;
+        let told = told.and_then(|told| String::from_utf8(told).ok()).unwrap_or_default();
+        let evicted = told.lines().find_map(|line| line.strip_prefix("evicted_keys:"));
+        evicted
+            .and_then(|number| number.trim().parse().ok())
+            .ok_or(RedisFailure::Foreign)
     }
 
     /// Whether the sentinel of an epoch is there, whose absence means that Redis was emptied. It is renewed by looking.

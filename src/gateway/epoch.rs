@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Gateway, died};
+use super::{Gateway, died, sharing::SETTLING};
 use crate::{
     cache::{
         epochs::{Adopted, NamespaceEpoch},
@@ -29,10 +29,6 @@ use crate::{
         control::{Control, Follower, Known},
     },
 };
-
-/// For how long after its move nobody reads or fills copies of an epoch: by then every replica that reaches the store goes by it, and no
-/// write is published under the old one alone.
-const SETTLING: Duration = Duration::from_secs(3);
 
 /// For how long the sentinel of a new epoch may be missing: whoever moved it may not have reached Redis.
 const SENTINEL_LATE: Duration = Duration::from_secs(10);
@@ -49,6 +45,8 @@ const UNPUBLISHED: &str = "writes could not be published";
 /// Between two looks at Redis: while it answers, and while it is waited for.
 const INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_UNSETTLED: Duration = Duration::from_millis(50);
+/// The same while writes wait to be published, so that the epoch moves in time.
+const INTERVAL_HURRIED: Duration = Duration::from_millis(200);
 
 /// How long this replica may take to adopt an epoch that it has moved itself, and between two looks at whether it has.
 const ADOPTION_WAIT: Duration = Duration::from_secs(3);
@@ -59,6 +57,10 @@ struct Watch {
     session: Session,
     /// The epoch whose sentinel was there.
     seen: Option<Epoch>,
+    /// How many copies the Redis of the epoch had evicted.
+    evicted: u64,
+    /// Whether Redis was of use at the last look.
+    usable: bool,
     /// What comes next: one until it has come, for each leaves a sentinel in Redis.
     next: Epoch,
     /// Whether it was said that the epoch moves, or should, since Redis was last in order: while it is away and writes go on the epoch moves
@@ -102,6 +104,7 @@ impl Gateway {
                 }
                 if !moved.is_empty() {
                     let is_moved = |namespace: &str| moved.iter().any(|moved| moved == namespace);
+                    parts.queue.note_lost(|key| is_moved(key.namespace()));
                     parts.flights.detach_where(|key| is_moved(key.namespace()));
                     self.in_memory(move |memory| {
                         memory.invalidate_where(|key| moved.iter().any(|moved| moved == key.namespace()));
@@ -112,6 +115,7 @@ impl Gateway {
             }
             current => {
                 sharing.epochs.adopt(next);
+                parts.queue.note_lost(|_| true);
                 if current.is_some() {
                     sharing.repairs.forget_before(moved_at(known, now), now);
                     parts.flights.detach_all();
@@ -133,6 +137,8 @@ impl Gateway {
         let mut watch = Watch {
             session: store.session(),
             seen: None,
+            evicted: 0,
+            usable: false,
             next: Epoch::random(),
             said: false,
         };
@@ -144,7 +150,24 @@ impl Gateway {
                     INTERVAL_UNSETTLED
                 }
             };
-            sleep(pause).await;
+            let usable = redis.is_usable();
+            if usable && !std::mem::replace(&mut watch.usable, usable) {
+                // What is pending was not published while it was not.
+                self.parts().sharing.renewal.notify_one();
+            }
+            watch.usable = usable;
+            let hurried = self.parts().sharing.repairs.since().is_some();
+            sleep(if hurried { pause.min(INTERVAL_HURRIED) } else { pause }).await;
+        }
+    }
+
+    /// Has what is pending told once more where Redis has evicted copies since the last look: they may have been its own.
+    async fn heed_evictions(&self, redis: &RedisCache, watch: &mut Watch) {
+        let Ok(evicted) = redis.evictions().await else {
+            return;
+        };
+        if evicted != std::mem::replace(&mut watch.evicted, evicted) {
+            self.parts().queue.note_lost(|_| true);
         }
     }
 
@@ -188,6 +211,7 @@ impl Gateway {
                 Ok(true) => {
                     watch.seen = Some(adopted.epoch);
                     watch.said = false;
+                    self.heed_evictions(redis, watch).await;
                     if self.parts().sharing.is_known(now) {
                         // Read only by a start without the store, which does without it.
                         let _ = redis.post_notice().await;
@@ -314,11 +338,14 @@ fn moved_at(known: &Known, now: Timestamp) -> Timestamp {
 
 /// What a look at the control row says, at `now` or a moment before.
 fn adopted(control: &Control, now: Timestamp) -> Adopted {
-    let readable_from = |moved_at: Timestamp| now.after(SETTLING.saturating_sub(control.now.since(moved_at)));
+    let readable_from = |moved_at: Timestamp| {
+        let ago = control.now.0.saturating_sub(moved_at.0);
+        Timestamp(now.0.saturating_sub(ago)).after(SETTLING)
+    };
     Adopted {
         epoch: control.epoch,
         server: control.cache_server.clone(),
-        readable_from: control.moved_at.map_or(now, readable_from),
+        readable_from: control.moved_at.map_or(Timestamp(0), readable_from),
         namespaces: control
             .namespaces
             .iter()

@@ -1,10 +1,11 @@
 //! Invalidation on request: cached copies go, here, in Redis and with every replica that listens; records and pending writes stay.
 //!
-//! Owns which tiers are told and in which order: Redis before L1, as a write lands, so that a load that has found an old copy in Redis loses its
-//! token. Does not own how a namespace is left behind as a whole (`epoch`), nor what a replica does that hears of it (`coherence`).
+//! Owns which tiers are told and in which order: Redis before L1, as a write lands, so that a load that has found an old copy in Redis
+//! loses its token. Does not own how a namespace is left behind as a whole (`epoch`), nor what a replica does that hears of it
+//! (`coherence`).
 //!
-//! Invariant: L1 is emptied whatever became of Redis. Cancellation: dropped at any await, some keys are invalidated and others not; nothing else
-//! is changed, and the same request does the rest.
+//! Invariant: L1 is emptied whatever became of Redis. Cancellation: dropped at any await, some keys are invalidated and others not;
+//! nothing else is changed, and the same request does the rest.
 
 use tokio::task::JoinSet;
 
@@ -108,6 +109,7 @@ impl Gateway {
     async fn invalidate_prefix(&self, namespace: String, prefix: String) -> Result<Invalidated, Error> {
         let told = self.invalidate_prefix_in_redis(&namespace, &prefix).await;
         let matches = move |key: &Key| key.namespace() == namespace && key.key().starts_with(&prefix);
+        self.parts().queue.note_lost(&matches);
         self.parts().flights.detach_where(&matches);
         let removing = self.in_memory(move |memory| memory.invalidate_where(matches)).await;
         let memory_copies = removing.map_err(died)? as u64;

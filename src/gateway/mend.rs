@@ -13,7 +13,7 @@ use tokio::{
 
 use super::Gateway;
 use crate::{
-    cache::redis::{Hold, KEPT_MIN, RedisFailure},
+    cache::redis::{Hold, KEPT_MIN, Published, RedisFailure},
     model::{Key, Tags, Timestamp, Version, Write},
     queue::PendingEntry,
 };
@@ -32,20 +32,26 @@ const RENEWED_MAX: usize = 100_000;
 impl Gateway {
     /// Tells Redis what it was not told. For ever.
     pub async fn mend(self) {
+        let mut more = false;
         loop {
-            sleep(REPAIR_INTERVAL).await;
+            if !more {
+                sleep(REPAIR_INTERVAL).await;
+            }
+            more = false;
             let repairs = &self.parts().sharing.repairs;
             if repairs.is_settled() || self.redis_is_up() != Some(true) {
                 continue;
             }
             // What is known now is known of the epoch under which the repairs are made.
-            let known_at = self.parts().sharing.known_at();
-            let some = repairs.some(AT_A_TIME, known_at);
+            let (now, known_at) = (self.parts().clock.now(), self.parts().sharing.known_at());
+            let some = repairs.some(AT_A_TIME, now, known_at);
+            let so_many = some.len();
             at_a_time(some, |(key, version)| {
                 let gateway = self.clone();
-                async move { gateway.repair(&key, version, known_at).await }
+                async move { gateway.repair(&key, version, now, known_at).await }
             })
             .await;
+            more = so_many == AT_A_TIME && repairs.some(AT_A_TIME, now, known_at).len() == AT_A_TIME;
         }
     }
 
@@ -79,8 +85,19 @@ impl Gateway {
         .await;
     }
 
+    /// Tells of a write that is in the store, and of which Redis had no copy while it was pending: what is older may stand there, and in other
+    /// replicas' memory.
+    pub(super) async fn tell_of(&self, key: &Key, version: Version) {
+        if let Some(redis) = &self.inner.redis
+            && redis.purge(key, version).await.is_err()
+        {
+            self.remember(key, version);
+        }
+    }
+
     /// Publishes what is pending of a key again, which somebody has removed from Redis.
     pub(super) fn republish_later(&self, key: Key) {
+        self.parts().queue.note_lost_key(&key);
         if self.parts().queue.pending(&key).is_some() {
             let gateway = self.clone();
             // A failure leaves it to the next renewal.
@@ -90,16 +107,18 @@ impl Gateway {
         }
     }
 
-    async fn repair(&self, key: &Key, version: Version, known_at: Timestamp) {
+    async fn repair(&self, key: &Key, version: Version, now: Timestamp, known_at: Timestamp) {
         let Some(redis) = &self.inner.redis else {
             return;
         };
-        let mended = match self.parts().queue.pending(key) {
-            Some(_) => self.republish(key).await,
-            None => redis.purge(key, version).await,
+        let mended = match self.republish(key).await {
+            // It is in the store by now, if it ever was pending.
+            Ok(Republished::Gone) => redis.purge(key, version).await,
+            Ok(Republished::Done) => Ok(()),
+            Err(failure) => Err(failure),
         };
         if mended.is_ok() {
-            self.parts().sharing.repairs.done(key, version, known_at);
+            self.parts().sharing.repairs.done(key, version, now, known_at);
         }
     }
 
@@ -107,22 +126,23 @@ impl Gateway {
     ///
     /// # Errors
     /// Redis was not told, and something older may stand there.
-    pub(super) async fn republish(&self, key: &Key) -> Result<(), RedisFailure> {
+    pub(super) async fn republish(&self, key: &Key) -> Result<Republished, RedisFailure> {
         let parts = self.parts();
         let (Some(redis), Some(PendingEntry { entry, unconfirmed })) = (&self.inner.redis, parts.queue.pending(key))
         else {
-            return Ok(());
+            return Ok(Republished::Gone);
         };
+        let under = parts.sharing.epochs.adopted();
         let entered = redis.enter(key).await?;
         if entered.standing > Some(entry.version) {
-            return Ok(());
+            return Ok(Republished::Done);
         }
         let version = entry.version;
         let mut hold = Hold::Nothing;
         if entered.standing < Some(version) {
             match parts.loads.load(key, Instant::now() + parts.load_wait).await {
                 Ok(stored) if stored.as_ref().map(|stored| stored.version) >= Some(version) => {
-                    return redis.purge(key, version).await;
+                    return redis.purge(key, version).await.map(|()| Republished::Done);
                 }
                 Ok(_) => hold = Hold::Token(entered.token),
                 // What is older goes all the same.
@@ -130,7 +150,7 @@ impl Gateway {
             }
         }
         if unconfirmed {
-            return redis.purge(key, version).await;
+            return redis.purge(key, version).await.map(|()| Republished::Done);
         }
         let copy = self.copy_of(key, Some(entry.clone()), parts.clock.now());
         let write = Write {
@@ -140,8 +160,22 @@ impl Gateway {
             tags: Tags::default(),
         };
         let grace = self.grace(key).max(KEPT_MIN);
-        redis.publish(&write, &copy, hold, grace).await.map(drop)
+        let published = redis.publish(&write, &copy, hold, grace).await?;
+        // Under another epoch it would have to be published once more.
+        if published == Published::Stands(version) && under == parts.sharing.epochs.adopted() {
+            parts.queue.note_published(key, version);
+        }
+        Ok(Republished::Done)
     }
+}
+
+/// What became of a write that was to be published again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Republished {
+    /// Nothing older stands in Redis.
+    Done,
+    /// It is not pending any more, and Redis was not told anything.
+    Gone,
 }
 
 /// Does `work` on every item, on [`AT_A_TIME`] of them at a time.

@@ -232,6 +232,7 @@ impl Gateway {
         match notice {
             Notice::Dropped(Dropped { key, version, .. }) => self.forget(&key, version).await,
             Notice::Confirmed(write) => self.publish_recovered(&write).await,
+            Notice::Unpublished { key, version } => self.tell_of(&key, version).await,
         }
     }
 

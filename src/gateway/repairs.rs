@@ -7,12 +7,17 @@
 use std::{
     collections::{HashMap, hash_map},
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
 use crate::model::{Key, Timestamp, Version};
+
+/// For how long after a failure something older may still get into Redis: a publish that was given up is under way for no longer, or comes too
+/// late to enter an empty slot; and so long may the store take over a commit of which nobody knows.
+const UNSURE: Duration = Duration::from_secs(12);
 
 /// How many keys are remembered. With more, a new epoch is the cheaper repair.
 const REPAIRS_MAX: usize = 10_000;
@@ -41,8 +46,15 @@ struct Repair {
     since: Timestamp,
     /// When Redis was last not told of it.
     latest: Timestamp,
-    /// It went, under the epoch that was gone by then; it is not known yet whether that one still held.
+    /// It went, for now: it is not known yet whether the epoch still held under which it did, and something may come late.
     provisional: bool,
+}
+
+impl Repair {
+    /// Whether a repair that is made at `now`, under the epoch that is known to hold at `known_at`, is the last that is needed.
+    fn is_sure(&self, now: Timestamp, known_at: Timestamp) -> bool {
+        self.latest <= known_at && now.since(self.latest) > UNSURE
+    }
 }
 
 impl Repairs {
@@ -88,16 +100,17 @@ impl Repairs {
         self.is_empty() && self.waiting.lock().keys.is_empty()
     }
 
-    /// Some of what is to be repaired, at most `limit`, where the epoch that is gone by is known to hold at `known_at`.
-    pub(super) fn some(&self, limit: usize, known_at: Timestamp) -> Vec<(Key, Version)> {
+    /// Some of what is to be repaired at `now`, at most `limit`, where the epoch that is gone by is known to hold at `known_at`.
+    pub(super) fn some(&self, limit: usize, now: Timestamp, known_at: Timestamp) -> Vec<(Key, Version)> {
         let waiting = self.waiting.lock();
-        let due = |repair: &Repair| !repair.provisional || repair.since <= known_at;
+        let due = |repair: &Repair| !repair.provisional || repair.is_sure(now, known_at);
         let some = waiting.keys.iter().filter(|(_, repair)| due(repair)).take(limit);
         some.map(|(key, repair)| (key.clone(), repair.version)).collect()
     }
 
-    /// What is older than `version` is gone, under the epoch that is known to hold at `known_at`: for good, if that is after the failure.
-    pub(super) fn done(&self, key: &Key, version: Version, known_at: Timestamp) {
+    /// What is older than `version` is gone at `now`, under the epoch that is known to hold at `known_at`: for good, if both are long enough
+    /// after the failure.
+    pub(super) fn done(&self, key: &Key, version: Version, now: Timestamp, known_at: Timestamp) {
         let mut waiting = self.waiting.lock();
         let waiting = &mut *waiting;
         if let hash_map::Entry::Occupied(mut known) = waiting.keys.entry(key.clone())
@@ -106,7 +119,7 @@ impl Repairs {
             if !known.get().provisional {
                 waiting.open -= 1;
             }
-            if known.get().since <= known_at {
+            if known.get().is_sure(now, known_at) {
                 known.remove();
             } else {
                 known.get_mut().provisional = true;
@@ -153,7 +166,8 @@ impl Repairs {
 mod tests {
     use super::*;
 
-    const LATER: Timestamp = Timestamp(1_000);
+    /// When all is sure.
+    const LATER: Timestamp = Timestamp(1_000_000);
 
     fn key(number: usize) -> Key {
         Key::new("test", &number.to_string()).expect("valid")
@@ -170,14 +184,14 @@ mod tests {
         repairs.add(&key(1), version(5), Timestamp(10));
         repairs.add(&key(1), version(9), Timestamp(20));
         repairs.add(&key(1), version(7), Timestamp(30));
-        assert_eq!(repairs.some(10, LATER), [(key(1), version(9))]);
+        assert_eq!(repairs.some(10, LATER, LATER), [(key(1), version(9))]);
         assert_eq!(repairs.since(), Some((Timestamp(10), false)));
-        repairs.done(&key(1), version(5), LATER);
+        repairs.done(&key(1), version(5), LATER, LATER);
         assert!(
             !repairs.is_empty(),
             "the later failure is not repaired by an earlier repair"
         );
-        repairs.done(&key(1), version(9), LATER);
+        repairs.done(&key(1), version(9), LATER, LATER);
         assert!(repairs.is_settled());
     }
 
@@ -185,14 +199,16 @@ mod tests {
     fn a_repair_under_an_epoch_that_may_have_been_over_is_made_once_more() {
         let repairs = Repairs::default();
         repairs.add(&key(1), version(5), Timestamp(10));
-        repairs.done(&key(1), version(5), Timestamp(9));
+        repairs.done(&key(1), version(5), LATER, Timestamp(9));
         assert!(repairs.is_empty() && !repairs.is_settled() && repairs.since().is_none());
-        assert_eq!(repairs.some(10, Timestamp(9)), [], "nothing new is known");
-        assert_eq!(repairs.some(10, Timestamp(10)), [(key(1), version(5))]);
+        assert_eq!(repairs.some(10, LATER, Timestamp(9)), [], "nothing new is known");
+        assert_eq!(repairs.some(10, LATER, Timestamp(10)), [(key(1), version(5))]);
         // It fails again meanwhile.
         repairs.add(&key(1), version(6), Timestamp(20));
         assert_eq!(repairs.since(), Some((Timestamp(20), false)));
-        repairs.done(&key(1), version(6), Timestamp(20));
+        repairs.done(&key(1), version(6), Timestamp(20), LATER);
+        assert!(!repairs.is_settled(), "something may come late");
+        repairs.done(&key(1), version(6), LATER, LATER);
         assert!(repairs.is_settled());
     }
 
@@ -205,9 +221,9 @@ mod tests {
         // One failed again since, and one is repaired under the epoch before.
         repairs.add(&key(2), version(6), Timestamp(20));
         repairs.add(&key(3), version(6), Timestamp(20));
-        repairs.done(&key(3), version(6), Timestamp(9));
+        repairs.done(&key(3), version(6), LATER, Timestamp(9));
         repairs.forget_before(Timestamp(20), Timestamp(30));
-        let mut left = repairs.some(10, Timestamp(9));
+        let mut left = repairs.some(10, LATER, Timestamp(9));
         left.sort_by_key(|(key, _)| key.key().to_owned());
         assert_eq!(left, [(key(2), version(6)), (key(3), version(6))]);
         assert_eq!(repairs.since(), Some((Timestamp(30), false)), "with its time anew");
@@ -224,8 +240,8 @@ mod tests {
         assert_eq!(repairs.since(), Some((Timestamp(50), false)));
         repairs.add(&key(REPAIRS_MAX), version(1), Timestamp(60));
         assert_eq!(repairs.since(), Some((Timestamp(50), true)));
-        for (key, version) in repairs.some(usize::MAX, LATER) {
-            repairs.done(&key, version, LATER);
+        for (key, version) in repairs.some(usize::MAX, LATER, LATER) {
+            repairs.done(&key, version, LATER, LATER);
         }
         assert!(!repairs.is_empty(), "what was not remembered is not repaired");
         assert_eq!(repairs.since(), Some((Timestamp(60), true)));

@@ -100,14 +100,18 @@ impl Gateway {
         let end = Instant::now() + redis.load_wait();
         let mut pause = LOOK_FIRST;
         loop {
-            let Ok(claimed) = redis.claim(key).await else {
-                return unclaimed;
-            };
-            let token = claimed.token.map(|token| FillToken {
+            // Before the call, which may be cut off and leave the token all the same.
+            let token = SlotToken::random();
+            let mut fill = FillToken {
                 gateway: self.clone(),
                 key: key.clone(),
                 token: Some(token),
-            });
+            };
+            let Ok(claimed) = redis.claim(key, token).await else {
+                return unclaimed;
+            };
+            fill.token = claimed.token;
+            let token = fill.token.is_some().then_some(fill);
             match claimed.copy.and_then(|copy| self.trusted(key, copy)) {
                 Some(shared) if wanted(&shared, self.parts().clock.now()) => return Claim::Found(shared),
                 above if token.is_some() || Instant::now() >= end => {
@@ -165,8 +169,14 @@ impl Gateway {
     /// Redis, where copies of a key may be read and filled.
     pub(super) fn readable(&self, key: &Key) -> Option<&RedisCache> {
         let redis = self.inner.redis.as_ref()?;
-        let now = self.parts().clock.now();
-        self.parts().sharing.is_readable(key.namespace(), now).then_some(redis)
+        let (parts, now) = (self.parts(), self.parts().clock.now());
+        let readable = parts.sharing.is_readable(key.namespace(), now) && self.goes_by_the_epoch(now);
+        readable.then_some(redis)
+    }
+
+    /// Whether the epoch is known to hold, or nobody can move it: the store is held to be down.
+    pub(super) fn goes_by_the_epoch(&self, now: Timestamp) -> bool {
+        self.parts().sharing.is_current(now) || self.parts().store.breaker().is_open()
     }
 
     /// A copy from Redis as far as this replica can trust it: not below what L1 knows to stand, however old that knowledge is; and not for

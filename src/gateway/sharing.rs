@@ -18,6 +18,14 @@ use crate::{
     model::{Key, Timestamp, Version},
 };
 
+/// For how long after its move nobody reads or fills copies of an epoch: by then every replica that reaches the store goes by it, and no
+/// write is published under the old one alone.
+pub(super) const SETTLING: Duration = Duration::from_secs(3);
+
+/// For how long copies are trusted after the last look at the control row, while the store is not held to be down: longer than it takes to
+/// notice that it is, so that caches answer through all of its outage.
+const CURRENT: Duration = Duration::from_secs(10);
+
 /// For how long a look at the control row answers for the epoch: less than what passes between an epoch's moving and its first fill.
 const EPOCH_KNOWN: Duration = Duration::from_secs(2);
 
@@ -53,7 +61,12 @@ impl Sharing {
         }
     }
 
-    /// Whether copies of a namespace in Redis may be read and filled.
+    /// Whether the control row was looked at so lately that the epoch which this replica goes by may be taken to hold.
+    pub(super) fn is_current(&self, now: Timestamp) -> bool {
+        now.since(self.known_at()) <= CURRENT
+    }
+
+    /// Whether copies of a namespace in Redis may be read and filled, as far as its epoch goes.
     pub(super) fn is_readable(&self, namespace: &str, now: Timestamp) -> bool {
         self.repairs.is_empty()
             && self

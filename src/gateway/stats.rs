@@ -1,7 +1,7 @@
 //! What a gateway tells of itself by namespace: what its threads have counted, what L1 has evicted, what is pending.
 //!
-//! Owns the bringing together of those three, and what is a hit. Does not own the counting ([`crate::telemetry::namespaces`]). Invariant: hits, misses
-//! and reads of the store are all the reads that were answered, each one of the three.
+//! Owns the bringing together of those three, and what is a hit. Does not own the counting ([`crate::telemetry::namespaces`]). Invariant:
+//! hits, misses and reads of the store are all the reads that were answered, each one of the three.
 
 pub use crate::queue::QueueStats;
 
@@ -109,8 +109,8 @@ fn is_hit(answered: Answered) -> bool {
     answered.first != First::Store && answered.source != Source::Store
 }
 
-/// Whether a read that was answered so had asked a tier. What is pending and Redis are asked together, and a pending answer says nothing of Redis; a read
-/// of the store is overlaid with what is pending, and asks no cache.
+/// Whether a read that was answered so had asked a tier. What is pending and Redis are asked together, and a pending answer says nothing
+/// of Redis; a read of the store is overlaid with what is pending, and asks no cache.
 fn asked(Answered { first, source, .. }: Answered, tier: Source) -> bool {
     match tier {
         Source::L1 => first == First::L1,

@@ -1,8 +1,8 @@
 //! Warming: records are loaded into the caches before anybody asks for them.
 //!
-//! Owns which keys are loaded, in which order and how many at a time. Each is read as a caller's `CACHED` read is, so that what the caches hold is not asked
-//! for, one load of a key runs at a time, and nothing old lands. Does not count as reads. Cancellation: dropped at any await, loads that have begun
-//! end by themselves, and no more begin.
+//! Owns which keys are loaded, in which order and how many at a time. Each is read as a caller's `CACHED` read is, so that what the caches
+//! hold is not asked for, one load of a key runs at a time, and nothing old lands. Does not count as reads. Cancellation: dropped at any
+//! await, loads that have begun end by themselves, and no more begin.
 
 use std::{error::Error as _, future::pending, time::Duration};
 

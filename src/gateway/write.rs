@@ -156,7 +156,7 @@ impl Gateway {
     async fn accept(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
         let (parts, lane) = (self.parts(), &self.inner.lane);
         let token = parts.memory.leave_token(&draft.key);
-        let passage = parts.queue.enter(&draft.key);
+        let mut passage = parts.queue.enter(&draft.key);
         let mut write = draft.stamped(self.stamp(&draft.key, None)?);
         let mut held = parts.queue.append(lane, claim, &write, draft.deadline).await?;
         kill_point!(WriteAppended);
@@ -164,7 +164,8 @@ impl Gateway {
         let journaled = held.is_journaled();
         let given_up = |error: Error| if journaled { error.unknown() } else { error };
         let mut copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
-        let mut late = false;
+        let under = parts.sharing.epochs.adopted();
+        let (mut late, mut stands) = (false, self.inner.redis.is_none());
         while let Some(published) = self.publish(&write, &copy, Hold::Fresh).await {
             let standing = match published {
                 Published::Nothing => break,
@@ -172,6 +173,7 @@ impl Gateway {
                 Published::Stands(standing)
                     if standing <= write.entry.version || parts.clock.stamped_since(standing) =>
                 {
+                    stands = true;
                     break;
                 }
                 Published::Stands(standing) => Some(standing),
@@ -209,6 +211,9 @@ impl Gateway {
             Durability::Memory
         };
         let (key, version) = (write.key.clone(), write.entry.version);
+        if !stands || under != parts.sharing.epochs.adopted() {
+            passage.unpublished();
+        }
         parts.queue.accept(write, held, passage, write_delay);
         parts.flights.detach(&key);
         token.land_write(copy);

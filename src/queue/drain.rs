@@ -268,10 +268,19 @@ impl Worker {
                 for (write, committed) in writes.iter().zip(committed) {
                     let (key, version) = (&write.key, write.entry.version);
                     match *committed {
-                        Committed::Applied => match pending.settle(key, version) {
-                            Settled::Left(held) => left.push(held),
-                            Settled::ToPublish => notices.push(Notice::Confirmed(write.clone())),
-                        },
+                        Committed::Applied => {
+                            let unpublished = pending.is_unpublished(key, version);
+                            match pending.settle(key, version) {
+                                Settled::ToPublish => notices.push(Notice::Confirmed(write.clone())),
+                                Settled::Left(held) => {
+                                    left.push(held);
+                                    if unpublished {
+                                        let key = key.clone();
+                                        notices.push(Notice::Unpublished { key, version });
+                                    }
+                                }
+                            }
+                        }
                         Committed::Superseded { standing } => {
                             left.push(pending.lose(key, version));
                             notices.push(dropped(write, DropReason::Superseded { standing }));

@@ -76,6 +76,13 @@ pub enum Notice {
     /// It is one that an earlier process had accepted, and is in the store now: it may be published, and then is to be told
     /// to [`Queue::published`]. Until then it is pending.
     Confirmed(Write),
+    /// The store has it, and the shared caches had no copy of it while it was pending: what is older may have got there meanwhile.
+    Unpublished {
+        /// Its key.
+        key: Key,
+        /// Its version.
+        version: Version,
+    },
 }
 
 /// An accepted write that did not make it into the store. Copies of this version are to be removed from the caches, where they still
@@ -155,6 +162,14 @@ pub struct Started {
 pub struct Passage {
     shared: Arc<Shared>,
     key: Key,
+    published: bool,
+}
+
+impl Passage {
+    /// The write will be accepted without a copy of it in the shared caches.
+    pub fn unpublished(&mut self) {
+        self.published = false;
+    }
 }
 
 impl Drop for Passage {
@@ -358,6 +373,7 @@ impl Queue {
         Passage {
             shared: Arc::clone(&self.shared),
             key: key.clone(),
+            published: true,
         }
     }
 
@@ -368,7 +384,14 @@ impl Queue {
         let shared = &self.shared;
         let shard = shared.shard(&write.key);
         let now = shared.clock.now();
-        let offered = shared.change(shard, |pending| pending.offer(write, held, now, write_delay));
+        let version = write.entry.version;
+        let offered = shared.change(shard, |pending| {
+            let offered = pending.offer(write, held, now, write_delay);
+            if !passage.published {
+                pending.note_published(&passage.key, version, false);
+            }
+            offered
+        });
         if shared.is_hurried() {
             shard.changed.notify_one();
         }
@@ -390,6 +413,28 @@ impl Queue {
     /// The newest accepted write of a key that the store is not known to have.
     pub fn pending(&self, key: &Key) -> Option<PendingEntry> {
         self.shared.shard(key).pending.lock().get(key)
+    }
+
+    /// Tells that the shared caches hold `version` of a key.
+    pub fn note_published(&self, key: &Key, version: Version) {
+        let mut pending = self.shared.shard(key).pending.lock();
+        pending.note_published(key, version, true);
+    }
+
+    /// Tells that the shared caches have lost their copy of a key.
+    pub fn note_lost_key(&self, key: &Key) {
+        let mut pending = self.shared.shard(key).pending.lock();
+        if let Some(PendingEntry { entry, .. }) = pending.get(key) {
+            pending.note_published(key, entry.version, false);
+        }
+    }
+
+    /// Tells that the shared caches have lost what matches, or may have: of what is not published again by then the gateway hears when the
+    /// store has it.
+    pub fn note_lost(&self, matches: impl Fn(&Key) -> bool) {
+        for shard in &self.shared.shards {
+            shard.pending.lock().note_lost(&matches);
+        }
     }
 
     /// Keys of writes that have been pending for `long`, at most `limit`; those of an earlier process excepted, which are not published.

@@ -92,6 +92,8 @@ struct Slot<P> {
     payload: P,
     /// See [`PendingEntry`].
     unconfirmed: bool,
+    /// Whether the caches that replicas share hold this entry, for all that is known.
+    published: bool,
     course: Course,
 }
 
@@ -192,6 +194,7 @@ impl<P: Payload> Pending<P> {
                     weight,
                     payload,
                     unconfirmed,
+                    published: true,
                     course: Course::Waiting(place),
                 });
                 Offered::Added
@@ -209,6 +212,7 @@ impl<P: Payload> Pending<P> {
                 slot.tags = tags;
                 slot.weight = weight;
                 slot.unconfirmed = unconfirmed;
+                slot.published = true;
                 if let Course::InFlight { next, .. } = &mut slot.course
                     && next.is_none()
                 {
@@ -316,6 +320,30 @@ impl<P: Payload> Pending<P> {
         } else {
             None
         }
+    }
+
+    /// Notes whether the shared caches hold `version` of a key, if that is what stands.
+    pub(super) fn note_published(&mut self, key: &Key, version: Version, published: bool) {
+        if let Some(slot) = self.slots.get_mut(key)
+            && slot.entry.version == version
+        {
+            slot.published = published;
+        }
+    }
+
+    /// Notes that the shared caches have lost what matches.
+    pub(super) fn note_lost(&mut self, matches: impl Fn(&Key) -> bool) {
+        for (key, slot) in &mut self.slots {
+            if matches(key) {
+                slot.published = false;
+            }
+        }
+    }
+
+    /// Whether `version` of a key stands here and nowhere in the shared caches, for all that is known.
+    pub(super) fn is_unpublished(&self, key: &Key, version: Version) -> bool {
+        let standing = self.slots.get(key).filter(|slot| slot.entry.version == version);
+        standing.is_some_and(|slot| !slot.published)
     }
 
     /// The newest accepted write of a key.

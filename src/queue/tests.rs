@@ -117,7 +117,7 @@ impl Rig {
     fn dropped(&mut self) -> Option<Dropped> {
         match self.notices.try_recv() {
             Ok(Notice::Dropped(dropped)) => Some(dropped),
-            Ok(Notice::Confirmed(write)) => panic!("nothing was recovered: {write:?}"),
+            Ok(other) => panic!("nothing was recovered, and all is published: {other:?}"),
             Err(_) => None,
         }
     }

@@ -1,7 +1,7 @@
 //! Server reflection: what a port tells generic tools of the services that it serves.
 //!
-//! Owns which descriptors are known and which services are listed. The contract has two services, each on a port of its own, so a port lists
-//! its own and not the other's.
+//! Owns which descriptors are known and which services are listed. The contract has two services, each on a port of its own, so a port
+//! lists its own and not the other's.
 
 use std::io;
 

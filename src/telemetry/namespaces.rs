@@ -303,8 +303,8 @@ impl Latency<'_> {
         self.nanos.checked_div(self.count()).map(Duration::from_nanos)
     }
 
-    /// What `percent` in a hundred calls took no longer than: the upper end of a bucket, so up to a tenth more than the exact figure. `None` if there
-    /// were none.
+    /// What `percent` in a hundred calls took no longer than: the upper end of a bucket, so up to a tenth more than the exact figure.
+    /// `None` if there were none.
     pub fn percentile(&self, percent: u64) -> Option<Duration> {
         let rank = (self.count() * percent).div_ceil(100).max(1);
         let mut counted = 0;

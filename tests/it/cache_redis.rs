@@ -26,7 +26,7 @@ use tidegate::{
         epochs::{Adopted, Epochs},
         memory::{self, Memory},
         message::Origin,
-        redis::{Config, Hold, Published, RedisCache, RedisFailure, Server},
+        redis::{Config, Hold, Published, RedisCache, RedisFailure, Server, SlotToken},
     },
     model::{Entry, Epoch, Key, Tags, Timestamp, Version, Write},
     telemetry::CacheMetrics,
@@ -485,7 +485,10 @@ async fn a_redis_without_memory_or_in_a_replicas_role_refuses_and_still_drops_or
     };
     config("1").await;
     assert_eq!(cache.enter(&key("k")).await, Err(refused("OOM")));
-    assert_eq!(cache.claim(&key("other")).await, Err(refused("OOM")));
+    assert_eq!(
+        cache.claim(&key("other"), SlotToken::random()).await,
+        Err(refused("OOM"))
+    );
     assert_eq!(cache.overwrite(&key("k"), &put(2)).await, Ok(Published::Nothing));
     // What is older must not go on answering.
     assert_eq!(standing(&cache, &key("k")).await, None);

@@ -9,6 +9,7 @@ mod breakers;
 mod emptied;
 mod ledger;
 mod parted;
+mod pending;
 mod refreshed;
 mod replaced;
 mod whole;

@@ -1,4 +1,5 @@
-//! Proves that an invalidation on request makes every cache forget, on every gateway, that it takes nothing else along, and what it says when it cannot.
+//! Proves that an invalidation on request makes every cache forget, on every gateway, that it takes nothing else along, and what it says
+//! when it cannot.
 
 use tidegate::rpc::proto::{InvalidateRequest, InvalidateResponse, PutRequest, ReadConsistency, Source, StatsRequest};
 use tonic::{Code, Status};

@@ -124,14 +124,23 @@ async fn of_many_who_ask_for_the_load_one_gets_it() {
     let replicas = [Replica::of(&server).await, Replica::of(&server).await].map(Arc::new);
     for asker in 0..64 {
         let replica = Arc::clone(&replicas[asker % 2]);
-        asking.spawn(async move { replica.claim(&key("k")).await.expect("Redis answers") });
+        asking.spawn(async move {
+            replica
+                .claim(&key("k"), SlotToken::random())
+                .await
+                .expect("Redis answers")
+        });
     }
     let claimed = asking.join_all().await;
     let tokens: Vec<SlotToken> = claimed.iter().filter_map(|claimed| claimed.token).collect();
     assert_eq!(tokens.len(), 1);
     // Given back, it is to be had again.
     replicas[0].release(&key("k"), tokens[0]).await.expect("Redis answers");
-    let again = replicas[1].claim(&key("k")).await.expect("Redis answers").token;
+    let again = replicas[1]
+        .claim(&key("k"), SlotToken::random())
+        .await
+        .expect("Redis answers")
+        .token;
     assert!(again.is_some_and(|again| again != tokens[0]));
 }
 
@@ -139,7 +148,11 @@ async fn of_many_who_ask_for_the_load_one_gets_it() {
 async fn where_redis_was_emptied_between_a_claim_and_its_fill_nothing_lands() {
     let mut bench = Bench::start().await;
     for empty in ["FLUSHALL", "DEL", "UNLINK"] {
-        let token = bench.replicas[0].claim(&key("k")).await.expect("Redis answers").token;
+        let token = bench.replicas[0]
+            .claim(&key("k"), SlotToken::random())
+            .await
+            .expect("Redis answers")
+            .token;
         let token = token.expect("nobody else has it");
         let mut command = cmd(empty);
         if empty != "FLUSHALL" {
@@ -167,7 +180,11 @@ async fn a_write_behind_write_that_comes_too_late_enters_no_empty_slot_and_nobod
     assert_eq!(standing(&bench.replicas[0], &key("k")).await, None);
     assert_eq!(bench.heard().await, []);
     // Nor does it end a load.
-    let token = bench.replicas[1].claim(&key("k")).await.expect("Redis answers").token;
+    let token = bench.replicas[1]
+        .claim(&key("k"), SlotToken::random())
+        .await
+        .expect("Redis answers")
+        .token;
     assert_eq!(fresh(&bench, &old).await, Published::Late);
     let token = token.expect("nobody else has it");
     assert_eq!(load(&bench.replicas[1], "k", token, None).await, Ok(true));
@@ -197,7 +214,10 @@ async fn a_full_redis_still_forgets_and_tells() {
         if name != "alone" {
             replica.write(&key(name), &put(5), NOW, LONG).await.expect("lands");
         }
-        let claimed = replica.claim(&key(name)).await.expect("Redis answers");
+        let claimed = replica
+            .claim(&key(name), SlotToken::random())
+            .await
+            .expect("Redis answers");
         tokens.push(claimed.token.expect("nobody else has it"));
     }
     bench.heard().await;
@@ -241,7 +261,10 @@ async fn nothing_is_said_to_a_server_for_which_the_epoch_does_not_hold() {
     .await;
     assert!(!replica.is_usable());
     assert_eq!(replica.get(&key("k")).await, Err(RedisFailure::NoEpoch));
-    assert_eq!(replica.claim(&key("k")).await, Err(RedisFailure::NoEpoch));
+    assert_eq!(
+        replica.claim(&key("k"), SlotToken::random()).await,
+        Err(RedisFailure::NoEpoch)
+    );
     assert_eq!(
         replica.write(&key("k"), &put(2), NOW, LONG).await,
         Err(RedisFailure::NoEpoch)

@@ -1,6 +1,8 @@
-//! Proves that caches can be filled before anybody reads, that this is told while it goes on and stops when nobody listens, and that a start does it.
+//! Proves that caches can be filled before anybody reads, that this is told while it goes on and stops when nobody listens, and that a
+//! start does it.
 
 use tidegate::rpc::proto::{Source, WarmRequest, WarmResponse};
+use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use crate::harness::{
@@ -48,11 +50,17 @@ async fn warming(gateway: &Gateway, request: WarmRequest) -> Result<Streaming<Wa
 
 /// All that a warming tells, to its end.
 async fn warm(gateway: &Gateway, request: WarmRequest) -> Result<Vec<WarmResponse>, Status> {
+    let started = Instant::now();
     let mut stream = warming(gateway, request).await?;
     let mut told = Vec::new();
     while let Some(message) = stream.message().await? {
         told.push(message);
     }
+    // Ten times a second at most, and at the end.
+    assert!(
+        told.len() as u128 <= started.elapsed().as_millis() / 100 + 2,
+        "{told:?}"
+    );
     assert!(
         told.is_sorted_by_key(|message| message.done + message.failed),
         "{told:?}"

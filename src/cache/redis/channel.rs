@@ -255,9 +255,12 @@ impl Keeper {
             let sent_at = number.and_then(|number| self.beats.sent_at(number));
             return sent_at.map(|at| Some(Heard::Beat(at))).ok_or(Loss::Foreign);
         }
-        let (origin, message) = Message::decode(payload).map_err(|_| Loss::Foreign)?;
         self.metrics.messages_heard.inc();
-        Ok((origin != self.origin).then_some(Heard::Message(message)))
+        if Origin::of(payload) == Some(self.origin) {
+            return Ok(None);
+        }
+        let (_, message) = Message::decode(payload).map_err(|_| Loss::Foreign)?;
+        Ok(Some(Heard::Message(message)))
     }
 }
 

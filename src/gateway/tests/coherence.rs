@@ -2,7 +2,7 @@
 //! shares an older read's load. The subscription itself is tested against a real Redis, in `tests/it/channel.rs`.
 
 use super::*;
-use crate::cache::message::Message;
+use crate::{cache::message::Message, store::StoreErrorKind};
 
 /// A gateway whose L1 is on only while what others write is heard.
 fn gated() -> Rig {
@@ -14,7 +14,13 @@ fn gated() -> Rig {
 impl Rig {
     /// A beat that was sent just now was heard.
     fn hear_beat(&self) {
+        self.look_at_control();
         self.gateway.trust_since(Instant::now());
+    }
+
+    /// The control row says what it said before.
+    fn look_at_control(&self) {
+        self.parts().sharing.asked(self.clock().now());
     }
 
     async fn hear(&self, message: Message) {
@@ -145,6 +151,7 @@ async fn l1_answers_for_a_second_from_when_the_last_beat_was_sent() {
     ] {
         tokio::time::advance(Duration::from_millis(advanced)).await;
         if heard {
+            rig.look_at_control();
             rig.gateway.trust_since(sent_at);
         }
         let read = rig.read("k", Cached).await;
@@ -238,6 +245,22 @@ async fn as_many_loads_that_nobody_shares_run_at_once_as_may() {
     assert!(rig.loads() <= 3);
     eventually(|| rig.parts().flights.running() == 0).await;
     assert_eq!(rig.read("k", Cached).await, (None, Source::Store));
+}
+
+/// Another epoch may hold by then, and with it what others could not tell of.
+#[tokio::test(start_paused = true)]
+async fn l1_answers_for_no_longer_than_the_epoch_is_known_unless_nobody_can_move_it() {
+    let rig = rig(|_| ());
+    rig.parts().memory.gate();
+    rig.look_at_control();
+    for (wait, down, on) in [(10_000, false, true), (2_000, false, false), (0, true, true)] {
+        tokio::time::advance(Duration::from_millis(wait)).await;
+        if down {
+            rig.store.breaker().failed(StoreErrorKind::Unreachable);
+        }
+        rig.gateway.trust_since(Instant::now());
+        assert_eq!(rig.parts().memory.is_on(rig.clock().now()), on, "{wait} ms later");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,8 @@
 //! What each namespace has pending in one shard: entries, bytes, and since when.
 //!
-//! Owns sums that are kept up to date with every change, so that whoever asks holds the shard's lock no longer than there are namespaces. Pure, as
-//! the table that it belongs to. Invariant: a namespace without a pending write has no share, so there are no more shares than writes.
+//! Owns sums that are kept up to date with every change, so that whoever asks holds the shard's lock no longer than there are namespaces.
+//! Pure, as the table that it belongs to. Invariant: a namespace without a pending write has no share, so there are no more shares than
+//! writes.
 
 use std::collections::{BTreeSet, HashMap};
 

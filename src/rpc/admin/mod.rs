@@ -1,9 +1,9 @@
 //! The operators' port: `tidegate.v1.Admin`, health and reflection, on an address of its own.
 //!
-//! Owns its socket, its bounds, and the way from a path to a service. Runs on the background runtime, never on a serving thread, for its calls may take
-//! long and must not delay a read. Does not own a connection's protocol (`rpc/connection.rs`). In the order of a call: this, `service` (the methods),
-//! `convert` (validation, answers); [`client`] is the other side, for our own commands. Invariant: no more than [`CONNECTIONS_MAX`]
-//! connections of [`STREAMS_MAX`] calls each are open.
+//! Owns its socket, its bounds, and the way from a path to a service. Runs on the background runtime, never on a serving thread, for its
+//! calls may take long and must not delay a read. Does not own a connection's protocol (`rpc/connection.rs`). In the order of a call:
+//! this, `service` (the methods), `convert` (validation, answers); [`client`] is the other side, for our own commands. Invariant: no more
+//! than 16 connections of 16 calls each are open.
 
 pub mod client;
 mod convert;

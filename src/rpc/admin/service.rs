@@ -1,7 +1,7 @@
 //! The service of `tidegate.v1.Admin`: decode, call the gateway, encode. It decides nothing.
 //!
-//! Owns a call's deadline, how many warmings run at a time, and the pace of what they tell. Cancellation: when a client goes away tonic drops the method's
-//! future, or the stream; an invalidation ends there, and a warming begins no more loads.
+//! Owns a call's deadline, how many warmings run at a time, and the pace of what they tell. Cancellation: when a client goes away tonic
+//! drops the method's future, or the stream; an invalidation ends there, and a warming begins no more loads.
 
 use std::{
     pin::Pin,

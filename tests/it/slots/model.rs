@@ -307,7 +307,7 @@ impl Case<'_> {
     }
 
     async fn claim(&mut self, replica: usize) -> Result<(), TestCaseError> {
-        let claimed = self.bench.replicas[replica].claim(&self.key).await;
+        let claimed = self.bench.replicas[replica].claim(&self.key, SlotToken::random()).await;
         let Ok(Claimed { token, copy }) = claimed else {
             return Err(TestCaseError::fail(format!("{claimed:?}")));
         };
