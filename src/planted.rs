@@ -29,15 +29,36 @@ pub enum Fault {
     BatchDeadLettered,
     /// `checkpoint-before-commit`: the drain releases a write's record in the journal before its COMMIT was answered.
     CheckpointBeforeCommit,
+    /// `fill-without-token`: what a load found lands in L1 and in Redis whatever became of its token, and whatever stands there.
+    FillWithoutToken,
+    /// `fill-by-version-only`: it lands without its token over what is older, and where nothing stands.
+    FillByVersionOnly,
+    /// `retry-under-new-version`: a write-through of which nobody knows whether it was committed is tried again under another version.
+    RetryUnderNewVersion,
+    /// `keep-memory-on-lost-channel`: L1 keeps what it holds when messages were missed.
+    KeepMemoryOnLostChannel,
+    /// `refresh-over-pending`: a refresh lands in L1 what the store holds, whatever is pending and whatever stands there.
+    RefreshOverPending,
+    /// `epoch-not-checked`: copies are read and filled under another epoch as if it had not moved, and L1 keeps what it holds.
+    EpochNotChecked,
+    /// `publish-before-commit`: a write-through is in Redis before the store has it.
+    PublishBeforeCommit,
 }
 
-const FAULTS: [(&str, Fault); 6] = [
+const FAULTS: [(&str, Fault); 13] = [
     ("ack-before-sync", Fault::AckBeforeSync),
     ("tail-not-cut", Fault::TailNotCut),
     ("no-version-guard", Fault::NoVersionGuard),
     ("delete-without-tombstone", Fault::DeleteWithoutTombstone),
     ("batch-dead-lettered", Fault::BatchDeadLettered),
     ("checkpoint-before-commit", Fault::CheckpointBeforeCommit),
+    ("fill-without-token", Fault::FillWithoutToken),
+    ("fill-by-version-only", Fault::FillByVersionOnly),
+    ("retry-under-new-version", Fault::RetryUnderNewVersion),
+    ("keep-memory-on-lost-channel", Fault::KeepMemoryOnLostChannel),
+    ("refresh-over-pending", Fault::RefreshOverPending),
+    ("epoch-not-checked", Fault::EpochNotChecked),
+    ("publish-before-commit", Fault::PublishBeforeCommit),
 ];
 
 /// A point at which the process may end as abruptly as by SIGKILL.

@@ -80,13 +80,16 @@ impl Epochs {
     /// What the places of a namespace's copies begin with.
     pub(super) fn namespace_place(&self, adopted: &Adopted, namespace: &str, key_bytes: usize) -> Vec<u8> {
         let mut place = Vec::with_capacity(self.prefix.len() + 16 + 1 + namespace.len() + 17 + 1 + key_bytes);
+        let epoch = adopted.epoch.0;
+        #[cfg(feature = "planted-faults")]
+        let epoch = if crate::planted::is(crate::planted::Fault::EpochNotChecked) {
+            0
+        } else {
+            epoch
+        };
         let written = match adopted.namespaces.get(namespace) {
-            None => write!(place, "{}{:016x}:{namespace}:", self.prefix, adopted.epoch.0),
-            Some(own) => write!(
-                place,
-                "{}{:016x}:{namespace}+{:016x}:",
-                self.prefix, adopted.epoch.0, own.epoch.0
-            ),
+            None => write!(place, "{}{epoch:016x}:{namespace}:", self.prefix),
+            Some(own) => write!(place, "{}{epoch:016x}:{namespace}+{:016x}:", self.prefix, own.epoch.0),
         };
         written.expect("a vector takes every write");
         place

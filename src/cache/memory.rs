@@ -237,6 +237,13 @@ impl Memory {
         if self.gate.is_off() {
             return Landing::Refused { standing: None };
         }
+        #[cfg(feature = "planted-faults")]
+        if !over_older && crate::planted::is(crate::planted::Fault::FillWithoutToken) {
+            self.insert(&mut tokens, key, copy);
+            return Landing::Landed;
+        }
+        #[cfg(feature = "planted-faults")]
+        let may_land = may_land || !over_older && crate::planted::is(crate::planted::Fault::FillByVersionOnly);
         let standing = self.copies.peek(key);
         let stands = standing.as_ref().and_then(Copy::version);
         match (copy.version(), standing) {

@@ -106,6 +106,10 @@ impl Gateway {
 
     /// Turns L1 off, and forgets all that messages may have been missed about.
     pub(super) async fn distrust(&self) -> Result<(), JoinError> {
+        #[cfg(feature = "planted-faults")]
+        if super::planted::keeps_memory(self) {
+            return Ok(());
+        }
         self.in_memory(|memory| {
             memory.gate();
             memory.drop_all();

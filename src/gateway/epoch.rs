@@ -114,8 +114,10 @@ impl Gateway {
                 }
             }
             current => {
+                #[cfg(feature = "planted-faults")]
+                let (next, current) = super::planted::or_unmoved(next, current);
                 sharing.epochs.adopt(next);
-                parts.queue.note_lost(|_| true);
+                parts.queue.note_all_lost();
                 if current.is_some() {
                     sharing.repairs.forget_before(moved_at(known, now), now);
                     parts.flights.detach_all();
@@ -167,7 +169,7 @@ impl Gateway {
             return;
         };
         if evicted != std::mem::replace(&mut watch.evicted, evicted) {
-            self.parts().queue.note_lost(|_| true);
+            self.parts().queue.note_all_lost();
         }
     }
 
@@ -193,7 +195,7 @@ impl Gateway {
         let answering = redis.server();
         let unpublished = self.parts().sharing.repairs.since();
         let why = match (&answering, &adopted.server) {
-            _ if unpublished.is_some_and(|(since, many)| many || now.since(since) >= UNPUBLISHED_MAX) => UNPUBLISHED,
+            _ if unpublished.is_some_and(|since| now.since(since) >= UNPUBLISHED_MAX) => UNPUBLISHED,
             // It may come back at any moment.
             (None, _) => return INTERVAL_UNSETTLED,
             (Some(server), None) => {
@@ -332,6 +334,10 @@ fn moved_at(known: &Known, now: Timestamp) -> Timestamp {
     let Some(moved_at) = known.control.moved_at else {
         return Timestamp(0);
     };
+    if known.control.now < moved_at {
+        // The store's clock was set back since.
+        return Timestamp(0);
+    }
     let ago = known.asked_at.elapsed() + known.control.now.since(moved_at) + CLOCKS_DRIFT;
     Timestamp(now.0.saturating_sub(i64::try_from(ago.as_millis()).unwrap_or(i64::MAX)))
 }
@@ -340,7 +346,10 @@ fn moved_at(known: &Known, now: Timestamp) -> Timestamp {
 fn adopted(control: &Control, now: Timestamp) -> Adopted {
     let readable_from = |moved_at: Timestamp| {
         let ago = control.now.0.saturating_sub(moved_at.0);
-        Timestamp(now.0.saturating_sub(ago)).after(SETTLING)
+        // The store's clock may have been set back since.
+        Timestamp(now.0.saturating_sub(ago))
+            .after(SETTLING)
+            .min(now.after(SETTLING))
     };
     Adopted {
         epoch: control.epoch,

@@ -74,6 +74,8 @@ impl Gateway {
             // Redis may hold a copy as old as ours: then only the store makes it new.
             let wanted = |found: &Loaded, now| !needs_refresh(&found.copy, now, whole, threshold);
             let outcome = gateway.reload(lead.key(), None, wanted, deadline).await;
+            #[cfg(feature = "planted-faults")]
+            let (token, outcome) = super::planted::or_stored(&gateway, lead.key(), token, outcome, deadline).await;
             // A failure leaves the copy as it was, and the next read tries again; whoever joined is told.
             let _ = gateway.land(lead, token, outcome);
             drop(permit);
@@ -89,11 +91,13 @@ impl Gateway {
         wanted: impl Fn(&Loaded, Timestamp) -> bool,
         deadline: Instant,
     ) -> Result<Loaded, Error> {
-        if self.parts().loads.store_is_down() {
+        let claim = if self.parts().loads.store_is_down() {
             // Nobody's load will land: who reads during an outage waits for none.
-            return self.get_stored(key, above, deadline).await;
-        }
-        match self.claim(key, wanted).await {
+            self.unclaimed()
+        } else {
+            self.claim(key, wanted).await
+        };
+        match claim {
             Claim::Found(found) => Ok(newest_of(self.look_in_pending(key), Some(found.clone())).unwrap_or(found)),
             Claim::Load {
                 token,

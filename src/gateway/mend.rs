@@ -3,7 +3,14 @@
 //! Owns when and in which order it is told. Does not own which writes those are (`repairs`, the queue). Invariant: a pending write enters an
 //! empty slot only after the store was asked since its token was left: something newer may have stood there and be in the store by now.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     select,
@@ -13,7 +20,7 @@ use tokio::{
 
 use super::Gateway;
 use crate::{
-    cache::redis::{Hold, KEPT_MIN, Published, RedisFailure},
+    cache::redis::{Hold, KEPT_MIN, Published, RedisCache, RedisFailure},
     model::{Key, Tags, Timestamp, Version, Write},
     queue::PendingEntry,
 };
@@ -32,26 +39,33 @@ const RENEWED_MAX: usize = 100_000;
 impl Gateway {
     /// Tells Redis what it was not told. For ever.
     pub async fn mend(self) {
-        let mut more = false;
+        // After what was mended in full there is no rest; after a failure there is.
+        let mut rest = true;
         loop {
-            if !more {
+            if std::mem::replace(&mut rest, true) {
                 sleep(REPAIR_INTERVAL).await;
             }
-            more = false;
             let repairs = &self.parts().sharing.repairs;
-            if repairs.is_settled() || self.redis_is_up() != Some(true) {
+            if repairs.is_settled() || !self.redis_is_usable() {
                 continue;
             }
             // What is known now is known of the epoch under which the repairs are made.
             let (now, known_at) = (self.parts().clock.now(), self.parts().sharing.known_at());
             let some = repairs.some(AT_A_TIME, now, known_at);
             let so_many = some.len();
+            let failed = Arc::new(AtomicBool::new(false));
             at_a_time(some, |(key, version)| {
                 let gateway = self.clone();
-                async move { gateway.repair(&key, version, now, known_at).await }
+                let failed = Arc::clone(&failed);
+                async move {
+                    if gateway.repair(&key, version, now, known_at).await.is_err() {
+                        failed.store(true, Ordering::Relaxed);
+                    }
+                }
             })
             .await;
-            more = so_many == AT_A_TIME && repairs.some(AT_A_TIME, now, known_at).len() == AT_A_TIME;
+            let left = repairs.some(AT_A_TIME, now, known_at);
+            rest = so_many < AT_A_TIME || left.len() < AT_A_TIME || failed.load(Ordering::Relaxed);
         }
     }
 
@@ -73,26 +87,43 @@ impl Gateway {
 
     /// Publishes what has been pending for `long_ago`.
     async fn renew_pending(&self, long_ago: Duration) {
-        if self.redis_is_up() != Some(true) {
+        if !self.redis_is_usable() {
+            // Their copies end, and nobody sees whether they were evicted.
+            self.parts().queue.note_all_lost();
             return;
         }
         let keys = self.parts().queue.pending_for(long_ago, RENEWED_MAX);
         at_a_time(keys, |key| {
             let gateway = self.clone();
-            // A failure leaves it to the next renewal.
-            async move { drop(gateway.republish(&key).await) }
+            async move {
+                if gateway.republish(&key).await.is_err() {
+                    gateway.parts().queue.note_lost_key(&key);
+                }
+            }
         })
         .await;
     }
 
-    /// Tells of a write that is in the store, and of which Redis had no copy while it was pending: what is older may stand there, and in other
-    /// replicas' memory.
-    pub(super) async fn tell_of(&self, key: &Key, version: Version) {
-        if let Some(redis) = &self.inner.redis
-            && redis.purge(key, version).await.is_err()
-        {
-            self.remember(key, version);
-        }
+    pub(super) fn redis_is_usable(&self) -> bool {
+        self.inner.redis.as_ref().is_some_and(RedisCache::is_usable)
+    }
+
+    /// Tells of writes that are in the store, and of which Redis had no copy while they were pending: what is older may stand there, and in
+    /// other replicas' memory.
+    pub(super) async fn tell_of(&self, writes: Vec<(Key, Version)>) {
+        at_a_time(writes, |(key, version)| {
+            let gateway = self.clone();
+            async move {
+                let Some(redis) = &gateway.inner.redis else {
+                    return;
+                };
+                match redis.purge(&key, version).await {
+                    Ok(()) => gateway.told(&key, version),
+                    Err(_) => gateway.remember(&key, version),
+                }
+            }
+        })
+        .await;
     }
 
     /// Publishes what is pending of a key again, which somebody has removed from Redis.
@@ -107,19 +138,26 @@ impl Gateway {
         }
     }
 
-    async fn repair(&self, key: &Key, version: Version, now: Timestamp, known_at: Timestamp) {
+    /// # Errors
+    /// It is still to be repaired.
+    async fn repair(
+        &self,
+        key: &Key,
+        version: Version,
+        now: Timestamp,
+        known_at: Timestamp,
+    ) -> Result<(), RedisFailure> {
         let Some(redis) = &self.inner.redis else {
-            return;
+            return Ok(());
         };
-        let mended = match self.republish(key).await {
-            // It is in the store by now, if it ever was pending.
-            Ok(Republished::Gone) => redis.purge(key, version).await,
-            Ok(Republished::Done) => Ok(()),
-            Err(failure) => Err(failure),
-        };
-        if mended.is_ok() {
-            self.parts().sharing.repairs.done(key, version, now, known_at);
+        let pending = self.parts().queue.pending(key).map(|pending| pending.entry.version);
+        let republished = self.republish(key).await?;
+        // It is in the store by now, or that is not known of it; if it ever was pending.
+        if republished == Republished::Gone || pending < Some(version) {
+            redis.purge(key, version).await?;
         }
+        self.parts().sharing.repairs.done(key, version, now, known_at);
+        Ok(())
     }
 
     /// Publishes what is pending of a key, unless something newer stands: nothing older does afterwards.

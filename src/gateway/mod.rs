@@ -18,6 +18,8 @@ mod freshness;
 pub mod invalidate;
 mod load;
 mod mend;
+#[cfg(feature = "planted-faults")]
+mod planted;
 mod read;
 mod repairs;
 mod shared;
@@ -232,7 +234,7 @@ impl Gateway {
         match notice {
             Notice::Dropped(Dropped { key, version, .. }) => self.forget(&key, version).await,
             Notice::Confirmed(write) => self.publish_recovered(&write).await,
-            Notice::Unpublished { key, version } => self.tell_of(&key, version).await,
+            Notice::Unpublished(writes) => self.tell_of(writes).await,
         }
     }
 
@@ -250,9 +252,12 @@ impl Gateway {
         let (key, version) = (&write.key, write.entry.version);
         let token = self.parts().memory.leave_token(key);
         let copy = self.copy_of(key, Some(write.entry.clone()), self.parts().clock.now());
-        if self.publish(write, &copy, Hold::Nothing).await.is_none() {
-            self.parts().flights.detach(key);
-            token.land_write(copy);
+        match self.publish(write, &copy, Hold::Nothing).await {
+            Some(_) => self.told(key, version),
+            None => {
+                self.parts().flights.detach(key);
+                token.land_write(copy);
+            }
         }
         self.parts().queue.published(key, version);
     }

@@ -135,7 +135,7 @@ impl Gateway {
         })
     }
 
-    async fn load(&self, key: &Key, deadline: Instant) -> Result<Loaded, Error> {
+    pub(super) async fn load(&self, key: &Key, deadline: Instant) -> Result<Loaded, Error> {
         // From before the query was sent: the copy is at least as new.
         let asked_at = self.parts().clock.now();
         self.inner.counters.namespaces.load(key.namespace());

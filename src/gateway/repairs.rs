@@ -22,6 +22,9 @@ const UNSURE: Duration = Duration::from_secs(12);
 /// How many keys are remembered. With more, a new epoch is the cheaper repair.
 const REPAIRS_MAX: usize = 10_000;
 
+/// The same with those that are repaired provisionally.
+const KEYS_MAX: usize = 100_000;
+
 /// What is to be repaired.
 #[derive(Debug, Default)]
 pub(super) struct Repairs {
@@ -35,8 +38,8 @@ struct Waiting {
     keys: HashMap<Key, Repair, RandomState>,
     /// How many of them are not provisional.
     open: usize,
-    /// When more than can be remembered was last to be.
-    overflowed: Option<Timestamp>,
+    /// Since when more than can be remembered was to be, and when that was so last.
+    overflowed: Option<(Timestamp, Timestamp)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -48,12 +51,21 @@ struct Repair {
     latest: Timestamp,
     /// It went, for now: it is not known yet whether the epoch still held under which it did, and something may come late.
     provisional: bool,
+    /// Until when something may come late.
+    unsure_until: Timestamp,
+}
+
+impl Waiting {
+    fn overflow(&mut self, now: Timestamp) {
+        let since = self.overflowed.map_or(now, |(since, _)| since);
+        self.overflowed = Some((since, now));
+    }
 }
 
 impl Repair {
     /// Whether a repair that is made at `now`, under the epoch that is known to hold at `known_at`, is the last that is needed.
     fn is_sure(&self, now: Timestamp, known_at: Timestamp) -> bool {
-        self.latest <= known_at && now.since(self.latest) > UNSURE
+        self.latest <= known_at && self.unsure_until < now
     }
 }
 
@@ -62,11 +74,13 @@ impl Repairs {
     pub(super) fn add(&self, key: &Key, version: Version, now: Timestamp) {
         let mut waiting = self.waiting.lock();
         let waiting = &mut *waiting;
-        let full = waiting.keys.len() >= REPAIRS_MAX;
+        let full = waiting.open >= REPAIRS_MAX || waiting.keys.len() >= KEYS_MAX;
+        let unsure_until = now.after(UNSURE);
         match waiting.keys.entry(key.clone()) {
             hash_map::Entry::Occupied(mut known) => {
                 let known = known.get_mut();
                 known.latest = now;
+                known.unsure_until = unsure_until;
                 if known.provisional {
                     known.since = now;
                     known.provisional = false;
@@ -80,12 +94,36 @@ impl Repairs {
                     since: now,
                     latest: now,
                     provisional: false,
+                    unsure_until,
                 });
                 waiting.open += 1;
             }
-            hash_map::Entry::Vacant(_) => {
-                waiting.overflowed = Some(now);
+            hash_map::Entry::Vacant(_) => waiting.overflow(now),
+        }
+        self.note(waiting);
+    }
+
+    /// Redis was told of `version` at `now`, under an epoch that may have been over: it is to be told once more when that is known.
+    pub(super) fn recheck(&self, key: &Key, version: Version, now: Timestamp) {
+        let mut waiting = self.waiting.lock();
+        let waiting = &mut *waiting;
+        let full = waiting.keys.len() >= KEYS_MAX;
+        match waiting.keys.entry(key.clone()) {
+            hash_map::Entry::Occupied(mut known) => {
+                let known = known.get_mut();
+                known.latest = now;
+                known.version = known.version.max(version);
             }
+            hash_map::Entry::Vacant(slot) if !full => {
+                slot.insert(Repair {
+                    version,
+                    since: now,
+                    latest: now,
+                    provisional: true,
+                    unsure_until: Timestamp(0),
+                });
+            }
+            hash_map::Entry::Vacant(_) => waiting.overflow(now),
         }
         self.note(waiting);
     }
@@ -140,19 +178,20 @@ impl Repairs {
             repair.provisional = false;
         }
         waiting.open = waiting.keys.len();
-        waiting.overflowed = waiting.overflowed.filter(|since| *since >= moved_at);
+        let overflowed = waiting.overflowed.filter(|(_, latest)| *latest >= moved_at);
+        waiting.overflowed = overflowed.map(|(_, latest)| (now, latest));
         self.note(&waiting);
     }
 
-    /// Since when the oldest waits; and whether more waited than can be remembered.
-    pub(super) fn since(&self) -> Option<(Timestamp, bool)> {
+    /// Since when the oldest waits.
+    pub(super) fn since(&self) -> Option<Timestamp> {
         if self.is_empty() {
             return None;
         }
         let waiting = self.waiting.lock();
         let open = waiting.keys.values().filter(|repair| !repair.provisional);
-        let oldest = open.map(|repair| repair.since).chain(waiting.overflowed).min()?;
-        Some((oldest, waiting.overflowed.is_some()))
+        let overflowed = waiting.overflowed.map(|(since, _)| since);
+        open.map(|repair| repair.since).chain(overflowed).min()
     }
 
     /// Under the lock, so that an addition meanwhile is not unsaid.
@@ -185,7 +224,7 @@ mod tests {
         repairs.add(&key(1), version(9), Timestamp(20));
         repairs.add(&key(1), version(7), Timestamp(30));
         assert_eq!(repairs.some(10, LATER, LATER), [(key(1), version(9))]);
-        assert_eq!(repairs.since(), Some((Timestamp(10), false)));
+        assert_eq!(repairs.since(), Some(Timestamp(10)));
         repairs.done(&key(1), version(5), LATER, LATER);
         assert!(
             !repairs.is_empty(),
@@ -205,7 +244,7 @@ mod tests {
         assert_eq!(repairs.some(10, LATER, Timestamp(10)), [(key(1), version(5))]);
         // It fails again meanwhile.
         repairs.add(&key(1), version(6), Timestamp(20));
-        assert_eq!(repairs.since(), Some((Timestamp(20), false)));
+        assert_eq!(repairs.since(), Some(Timestamp(20)));
         repairs.done(&key(1), version(6), Timestamp(20), LATER);
         assert!(!repairs.is_settled(), "something may come late");
         repairs.done(&key(1), version(6), LATER, LATER);
@@ -226,8 +265,19 @@ mod tests {
         let mut left = repairs.some(10, LATER, Timestamp(9));
         left.sort_by_key(|(key, _)| key.key().to_owned());
         assert_eq!(left, [(key(2), version(6)), (key(3), version(6))]);
-        assert_eq!(repairs.since(), Some((Timestamp(30), false)), "with its time anew");
+        assert_eq!(repairs.since(), Some(Timestamp(30)), "with its time anew");
         repairs.forget_before(Timestamp(30), Timestamp(40));
+        assert!(repairs.is_settled());
+    }
+
+    #[test]
+    fn what_was_told_under_an_epoch_that_may_be_over_is_told_once_more_and_hinders_nobody() {
+        let repairs = Repairs::default();
+        repairs.recheck(&key(1), version(5), Timestamp(10));
+        assert!(repairs.is_empty() && !repairs.is_settled() && repairs.since().is_none());
+        assert_eq!(repairs.some(10, Timestamp(11), Timestamp(9)), []);
+        assert_eq!(repairs.some(10, Timestamp(11), Timestamp(10)), [(key(1), version(5))]);
+        repairs.done(&key(1), version(5), Timestamp(11), Timestamp(10));
         assert!(repairs.is_settled());
     }
 
@@ -237,14 +287,16 @@ mod tests {
         for number in 0..REPAIRS_MAX {
             repairs.add(&key(number), version(1), Timestamp(50));
         }
-        assert_eq!(repairs.since(), Some((Timestamp(50), false)));
+        assert_eq!(repairs.since(), Some(Timestamp(50)));
         repairs.add(&key(REPAIRS_MAX), version(1), Timestamp(60));
-        assert_eq!(repairs.since(), Some((Timestamp(50), true)));
+        repairs.add(&key(REPAIRS_MAX), version(1), Timestamp(70));
         for (key, version) in repairs.some(usize::MAX, LATER, LATER) {
             repairs.done(&key, version, LATER, LATER);
         }
         assert!(!repairs.is_empty(), "what was not remembered is not repaired");
-        assert_eq!(repairs.since(), Some((Timestamp(60), true)));
+        assert_eq!(repairs.since(), Some(Timestamp(60)));
+        repairs.forget_before(Timestamp(70), Timestamp(80));
+        assert_eq!(repairs.since(), Some(Timestamp(80)), "it has its time anew");
         repairs.forget_before(LATER, LATER);
         assert!(repairs.is_settled());
     }

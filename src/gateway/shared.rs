@@ -86,16 +86,20 @@ impl Gateway {
         super::read::newest_of(pending, shared)
     }
 
-    /// Asks Redis for the load of a key. Where another replica has it, its landing is waited for, for a moment: until what stands is
-    /// `wanted`.
-    pub(super) async fn claim(&self, key: &Key, wanted: impl Fn(&Loaded, Timestamp) -> bool) -> Claim {
-        let unclaimed = Claim::Load {
+    /// A load without a word from Redis.
+    pub(super) fn unclaimed(&self) -> Claim {
+        Claim::Load {
             token: None,
             above: None,
             blind: self.inner.redis.is_some(),
-        };
+        }
+    }
+
+    /// Asks Redis for the load of a key. Where another replica has it, its landing is waited for, for a moment: until what stands is
+    /// `wanted`.
+    pub(super) async fn claim(&self, key: &Key, wanted: impl Fn(&Loaded, Timestamp) -> bool) -> Claim {
         let Some(redis) = self.readable(key) else {
-            return unclaimed;
+            return self.unclaimed();
         };
         let end = Instant::now() + redis.load_wait();
         let mut pause = LOOK_FIRST;
@@ -108,7 +112,9 @@ impl Gateway {
                 token: Some(token),
             };
             let Ok(claimed) = redis.claim(key, token).await else {
-                return unclaimed;
+                // Nobody is there to take it back.
+                fill.token = None;
+                return self.unclaimed();
             };
             fill.token = claimed.token;
             let token = fill.token.is_some().then_some(fill);
@@ -154,6 +160,12 @@ impl Gateway {
             self.remember(&write.key, write.entry.version);
         }
         published.ok()
+    }
+
+    /// Redis was told of a version: once more, if the epoch may have moved since anybody looked.
+    pub(super) fn told(&self, key: &Key, version: Version) {
+        let now = self.parts().clock.now();
+        self.parts().sharing.published(key, version, now);
     }
 
     /// Remembers that something older than `version` may stand in Redis, if there is one.

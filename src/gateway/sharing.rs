@@ -89,7 +89,7 @@ impl Sharing {
     /// are to be told there, too.
     pub(super) fn published(&self, key: &Key, version: Version, now: Timestamp) {
         if !self.is_known(now) {
-            self.repairs.add(key, version, now);
+            self.repairs.recheck(key, version, now);
         }
     }
 

@@ -71,7 +71,7 @@ impl Gateway {
     /// Loads what is wanted, and keeps `progress` current. A key that cannot be loaded is counted, and the next one is tried.
     ///
     /// # Errors
-    /// `Unavailable`: the store does not tell which keys there are.
+    /// `Unavailable`: the store does not tell which keys there are, or no cache takes what is loaded.
     pub async fn warm(&self, wanted: Wanted, progress: &watch::Sender<Progress>) -> Result<(), Error> {
         match wanted {
             Wanted::Keys(mut keys) => {
@@ -170,6 +170,11 @@ impl Gateway {
     }
 
     async fn warm_keys(&self, keys: Vec<Key>, progress: &watch::Sender<Progress>) -> Result<(), Error> {
+        let l1_takes = self.parts().memory.is_on(self.parts().clock.now());
+        if !l1_takes && !self.redis_is_usable() {
+            let message = "neither this gateway's memory nor Redis takes copies now, so nothing more is loaded";
+            return Err(Error::new(ErrorKind::Unavailable, message));
+        }
         let mut under_way = JoinSet::new();
         let mut waiting = keys.into_iter();
         loop {

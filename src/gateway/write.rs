@@ -114,8 +114,7 @@ impl Gateway {
         let copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         let hold = entered.map_or(Hold::Nothing, |entered| Hold::Token(entered.token));
         if self.publish(&write, &copy, hold).await.is_some() {
-            let (key, version) = (&write.key, write.entry.version);
-            parts.sharing.published(key, version, parts.clock.now());
+            self.told(&write.key, write.entry.version);
         }
         parts.flights.detach(&write.key);
         token.land_write(copy);
@@ -137,6 +136,8 @@ impl Gateway {
             let version = self.stamp(&draft.key, standing).map_err(|error| (error, tried))?;
             tried = Some(version);
             let write = draft.stamped(version);
+            #[cfg(feature = "planted-faults")]
+            super::planted::publish(self, &write).await;
             let committed = self.parts().commits.commit(write.clone(), draft.deadline).await;
             match committed.map_err(|error| (error, tried))? {
                 Committed::Superseded { standing: higher } => standing = Some(higher),
@@ -187,13 +188,7 @@ impl Gateway {
                     break;
                 }
             };
-            let stamped = if Instant::now() < draft.deadline {
-                self.stamp(&draft.key, standing)
-            } else {
-                let message = "the deadline passed before the write was accepted";
-                Err(Error::new(ErrorKind::Timeout, message))
-            };
-            write.entry.version = match stamped {
+            write.entry.version = match self.stamp_in_time(&draft, standing) {
                 Ok(version) => version,
                 Err(error) => {
                     held.release();
@@ -211,15 +206,21 @@ impl Gateway {
             Durability::Memory
         };
         let (key, version) = (write.key.clone(), write.entry.version);
-        if !stands || under != parts.sharing.epochs.adopted() {
+        // Under an epoch that may be over it may have been published where nobody looks.
+        let known = under == parts.sharing.epochs.adopted() && parts.sharing.is_known(parts.clock.now());
+        if self.inner.redis.is_some() && !(stands && known) {
             passage.unpublished();
         }
-        parts.queue.accept(write, held, passage, write_delay);
+        let accepted = parts.queue.accept(write, held, passage, write_delay);
         parts.flights.detach(&key);
         token.land_write(copy);
         // Superseded at once, or drained by now: then the store may have refused it before it was in L1 to be removed.
         if parts.queue.pending(&key).map(|pending| pending.entry.version) < Some(version) {
             parts.memory.drop_version(&key, version);
+        }
+        if !accepted {
+            // What superseded it may have found nothing in Redis and left nothing, and then this entered the empty slot after it.
+            self.withdraw(&key, version).await;
         }
         kill_point!(WritePending);
         Ok(Written { version, durability })
@@ -231,6 +232,15 @@ impl Gateway {
         let pending = parts.queue.pending(key).map(|pending| pending.entry.version);
         let known = standing.max(pending).max(parts.memory.version(key));
         parts.clock.stamp(known).map_err(not_stamped)
+    }
+
+    /// The same for one more try, while there is time for it.
+    fn stamp_in_time(&self, draft: &Draft, standing: Option<Version>) -> Result<Version, Error> {
+        if Instant::now() < draft.deadline {
+            return self.stamp(&draft.key, standing);
+        }
+        let message = "the deadline passed before the write was accepted";
+        Err(Error::new(ErrorKind::Timeout, message))
     }
 
     /// Runs an admitted write in a task of its own: a client that hangs up cancels its wait, not the write.

@@ -261,7 +261,7 @@ impl Worker {
     /// published. Condemns those that came too late: they stay until they are buried.
     async fn settle(&mut self, writes: &[Write], committed: &[Committed]) {
         debug_assert_eq!(writes.len(), committed.len());
-        let (mut late, mut notices) = (Vec::new(), Vec::new());
+        let (mut late, mut notices, mut unpublished) = (Vec::new(), Vec::new(), Vec::new());
         for (writes, committed) in writes.chunks(LOCKED_MAX).zip(committed.chunks(LOCKED_MAX)) {
             let mut left: Vec<Option<Held>> = Vec::with_capacity(writes.len());
             self.shared.change(self.shard(), |pending| {
@@ -269,14 +269,13 @@ impl Worker {
                     let (key, version) = (&write.key, write.entry.version);
                     match *committed {
                         Committed::Applied => {
-                            let unpublished = pending.is_unpublished(key, version);
+                            let is_unpublished = pending.is_unpublished(key, version);
                             match pending.settle(key, version) {
                                 Settled::ToPublish => notices.push(Notice::Confirmed(write.clone())),
                                 Settled::Left(held) => {
                                     left.push(held);
-                                    if unpublished {
-                                        let key = key.clone();
-                                        notices.push(Notice::Unpublished { key, version });
+                                    if is_unpublished {
+                                        unpublished.push((key.clone(), version));
                                     }
                                 }
                             }
@@ -300,6 +299,9 @@ impl Worker {
             left.into_iter().flatten().for_each(Held::release);
         }
         self.condemn(late);
+        if !unpublished.is_empty() {
+            notices.push(Notice::Unpublished(unpublished));
+        }
         for notice in notices {
             if matches!(notice, Notice::Dropped(_)) {
                 self.metrics.superseded.inc();

@@ -76,13 +76,9 @@ pub enum Notice {
     /// It is one that an earlier process had accepted, and is in the store now: it may be published, and then is to be told
     /// to [`Queue::published`]. Until then it is pending.
     Confirmed(Write),
-    /// The store has it, and the shared caches had no copy of it while it was pending: what is older may have got there meanwhile.
-    Unpublished {
-        /// Its key.
-        key: Key,
-        /// Its version.
-        version: Version,
-    },
+    /// The store has these versions, and the shared caches had no copies of them while they were pending: what is older may have got there
+    /// meanwhile.
+    Unpublished(Vec<(Key, Version)>),
 }
 
 /// An accepted write that did not make it into the store. Copies of this version are to be removed from the caches, where they still
@@ -426,6 +422,13 @@ impl Queue {
         let mut pending = self.shared.shard(key).pending.lock();
         if let Some(PendingEntry { entry, .. }) = pending.get(key) {
             pending.note_published(key, entry.version, false);
+        }
+    }
+
+    /// Tells that the shared caches have lost everything, or may have; as [`Queue::note_lost`].
+    pub fn note_all_lost(&self) {
+        for shard in &self.shared.shards {
+            shard.pending.lock().note_all_lost();
         }
     }
 

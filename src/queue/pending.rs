@@ -92,8 +92,8 @@ struct Slot<P> {
     payload: P,
     /// See [`PendingEntry`].
     unconfirmed: bool,
-    /// Whether the caches that replicas share hold this entry, for all that is known.
-    published: bool,
+    /// In which generation of the shared caches this entry got there, if it did.
+    published: Option<u64>,
     course: Course,
 }
 
@@ -107,6 +107,8 @@ pub(super) struct Pending<P> {
     shares: Shares,
     /// The weight of every slot's write.
     bytes: usize,
+    /// How often the shared caches have lost everything, or may have.
+    generation: u64,
     /// Places given out so far.
     places: u64,
     /// The keys of writes that are stamped and not yet offered.
@@ -129,6 +131,7 @@ impl<P: Payload> Pending<P> {
             order: BTreeMap::new(),
             shares: Shares::default(),
             bytes: 0,
+            generation: 0,
             places: 0,
             passing: HashMap::default(),
         }
@@ -194,7 +197,7 @@ impl<P: Payload> Pending<P> {
                     weight,
                     payload,
                     unconfirmed,
-                    published: true,
+                    published: Some(self.generation),
                     course: Course::Waiting(place),
                 });
                 Offered::Added
@@ -212,7 +215,7 @@ impl<P: Payload> Pending<P> {
                 slot.tags = tags;
                 slot.weight = weight;
                 slot.unconfirmed = unconfirmed;
-                slot.published = true;
+                slot.published = Some(self.generation);
                 if let Course::InFlight { next, .. } = &mut slot.course
                     && next.is_none()
                 {
@@ -327,23 +330,28 @@ impl<P: Payload> Pending<P> {
         if let Some(slot) = self.slots.get_mut(key)
             && slot.entry.version == version
         {
-            slot.published = published;
+            slot.published = published.then_some(self.generation);
         }
     }
 
-    /// Notes that the shared caches have lost what matches.
+    /// Notes that the shared caches have lost everything.
+    pub(super) fn note_all_lost(&mut self) {
+        self.generation += 1;
+    }
+
+    /// Notes that the shared caches have lost what matches. Looks at every slot.
     pub(super) fn note_lost(&mut self, matches: impl Fn(&Key) -> bool) {
         for (key, slot) in &mut self.slots {
             if matches(key) {
-                slot.published = false;
+                slot.published = None;
             }
         }
     }
 
-    /// Whether `version` of a key stands here and nowhere in the shared caches, for all that is known.
+    /// Whether the write that stands for a key, `version` or one that has covered it, is nowhere in the shared caches, for all that is known.
     pub(super) fn is_unpublished(&self, key: &Key, version: Version) -> bool {
-        let standing = self.slots.get(key).filter(|slot| slot.entry.version == version);
-        standing.is_some_and(|slot| !slot.published)
+        let standing = self.slots.get(key).filter(|slot| slot.entry.version >= version);
+        standing.is_some_and(|slot| slot.published != Some(self.generation))
     }
 
     /// The newest accepted write of a key.

@@ -352,6 +352,8 @@ fn absorb(rows: &mut Vec<Row>, error: &StoreError, tries: u32) {
         StoreErrorKind::Unreachable => fail_if(rows, |caller, _| (!caller.open).then(store_down)),
         StoreErrorKind::Unknown => {
             tracing::warn!(%error, rows = rows.len(), "the outcome of a commit is unknown; it is tried again");
+            #[cfg(feature = "planted-faults")]
+            planted::refuse(rows);
             mark_open(rows);
         }
         StoreErrorKind::Transient | StoreErrorKind::Rejected if tries >= TRIES_MAX => {
@@ -378,5 +380,7 @@ fn refused_for_now(error: &StoreError) -> Error {
         .because(error.to_string())
 }
 
+#[cfg(feature = "planted-faults")]
+mod planted;
 #[cfg(test)]
 mod tests;

@@ -25,7 +25,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// From question to question at the least, however often the task is woken: the wake-ups come from outside.
 const INTERVAL_WOKEN: Duration = Duration::from_millis(20);
 /// How long a read may take, connecting included: shorter than other calls, for it is small, and others wait for what it says.
-const READ_TIMEOUT: Duration = Duration::from_secs(2);
+const READ_TIMEOUT: Duration = Duration::from_secs(4);
 /// A read that took longer says nothing about the clocks: when in between the store looked at its own is not known.
 const CLOCK_SAMPLE_MAX: Duration = Duration::from_secs(2);
 

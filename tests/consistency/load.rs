@@ -35,6 +35,12 @@ const DEADLINE: Duration = Duration::from_secs(2);
 /// How much longer its answer is waited for.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// The hundredths of the calls that are writes.
+const READS: u32 = 35;
+
+/// The share of the calls of a quiet key that may be one.
+const QUIET_WRITES: f64 = 0.01;
+
 /// The most calls of one session: a run that is longer than that has enough of them.
 const CALLS_MAX: usize = 100_000;
 
@@ -115,10 +121,15 @@ impl Session {
         while !self.stop.is_cancelled() && self.record.ops.len() < CALLS_MAX {
             let replica = self.home.unwrap_or_else(|| self.rng.random_range(0..REPLICAS));
             let key = self.rng.random_range(0..self.classes.len());
+            let asked = if keys::is_quiet(key) && !self.rng.random_bool(QUIET_WRITES) {
+                READS
+            } else {
+                self.rng.random_range(0..100)
+            };
             let answered = self.front.is_up(replica)
-                && match self.rng.random_range(0..100) {
+                && match asked {
                     0..30 => self.put(replica, key).await,
-                    30..35 => self.delete(replica, key).await,
+                    30..READS => self.delete(replica, key).await,
                     _ => self.get(replica, key).await,
                 };
             if answered {
@@ -235,7 +246,9 @@ impl Session {
             _ => Consistency::Store,
         };
         let front = Arc::clone(&self.front);
-        let at_least = self.known.as_ref().and_then(|known| known.get(&key).copied());
+        // Who asks for a version renews the copies that are below it, and nobody would see those of a quiet key.
+        let known = self.known.as_ref().filter(|_| !keys::is_quiet(key));
+        let at_least = known.and_then(|known| known.get(&key).copied());
         let read = read(&front, self.number, replica, key, consistency, at_least);
         match read.await {
             Ok(op) => {

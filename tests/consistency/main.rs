@@ -1,7 +1,8 @@
 //! The consistency test: clients on three replicas while networks, Redis, PostgreSQL and the gateways themselves break, and the history of
 //! all that they saw judged.
 //!
-//! `SECONDS_TO_RUN` says for how long (180), `SEED` repeats the choices of an earlier run. One line at the end says how it went; the exit
+//! `SECONDS_TO_RUN` says for how long (180), `SEED` repeats the choices of an earlier run, `LANE` (`redis`, `others`, `victim`, `old`) breaks only
+//! some of what can break. One line at the end says how it went; the exit
 //! code is 1 when a promise was broken, and when too little happened for that to mean anything. What was broken is printed, and kept with
 //! what surrounds it in a directory that is named.
 
@@ -42,7 +43,11 @@ async fn main() -> ExitCode {
     let seed = number("SEED").unwrap_or_else(|| u64::from(rand::random::<u32>()));
     // At once: a run that panics has no last line.
     eprintln!("consistency: seed {seed}");
-    let ended = run::run(seed, Duration::from_secs(seconds)).await;
+    let lane = env::var_os("LANE").map(|name| {
+        let lane = name.to_str().and_then(plan::lane);
+        lane.unwrap_or_else(|| panic!("LANE must be redis, others, victim or old"))
+    });
+    let ended = run::run(seed, Duration::from_secs(seconds), lane).await;
     let report = Report::of(&ended, seed);
     println!("{}", report.line());
     if report.is_good() {

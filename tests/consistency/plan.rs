@@ -1,8 +1,9 @@
 //! What breaks, when, and for how long. All of it follows from the seed.
 //!
-//! Owns the kinds of faults and their order: two lanes, each one fault after the other, one for Redis and what leads there, one for
-//! everything else. By turns the lanes run alone and together; alone, the second leaves Redis in peace for long enough that the bound of
-//! calm times can be judged, and gateways be killed.
+//! Owns the kinds of faults and their order: three lanes, each one fault after the other: one for Redis and what leads there, one for
+//! everything else, and one for what leads from one gateway to Redis, which is the victim for a while. By turns the lanes run alone and
+//! together; alone, the second leaves Redis in peace for long enough that the bound of calm times can be judged, and gateways be killed; and
+//! in the turn of the third the others' writes have to reach the victim within that bound.
 
 use std::{ops::Range, time::Duration};
 
@@ -17,7 +18,13 @@ const PEACE: Duration = Duration::from_secs(8);
 /// How long a lane, or both, have their turn.
 const TURN: Duration = Duration::from_secs(18);
 
-/// Shorter runs have one turn, of both.
+/// The names of the lanes; the last one, of what only a new epoch makes good, has no turn but when it is asked for.
+const LANES: [&str; 4] = ["redis", "others", "victim", "old"];
+
+/// Which lanes have which turn.
+const TURNS: [&[usize]; 4] = [&[2], &[0], &[1], &[0, 1]];
+
+/// Shorter runs have one turn, of the first two lanes.
 const SHORT: Duration = Duration::from_secs(40);
 
 /// When the first fault comes, and when the first of Redis: until then the bound of calm times can be judged.
@@ -120,24 +127,33 @@ pub struct Scene {
     pub time: Range<Duration>,
 }
 
-/// The scenes of a run, in the order in which they begin.
-pub fn plan(seed: u64, length: Duration) -> Vec<Scene> {
+/// The lane of a name.
+pub fn lane(name: &str) -> Option<usize> {
+    LANES.iter().position(|lane| *lane == name)
+}
+
+/// The scenes of a run, in the order in which they begin: with the faults of one lane alone, if one is given.
+pub fn plan(seed: u64, length: Duration, only: Option<usize>) -> Vec<Scene> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut lanes = [Lane::new(redis_deck), Lane::new(other_deck)];
+    let mut lanes = [redis_deck, other_deck, victim_deck, old_deck].map(Lane::new);
     // Later in a short run there is no peace for it.
     lanes[1].deck = vec![Fault::GatewayKilled(rng.random_range(0..REPLICAS))];
     let mut scenes: Vec<Scene> = Vec::new();
     let mut turn = START..length;
     for number in 0.. {
-        if length > SHORT {
+        if length > SHORT && only.is_none() {
             turn.end = (turn.start + TURN).min(length);
         }
         for (place, lane) in lanes.iter_mut().enumerate() {
-            // The first lane, the second, both.
-            if length <= SHORT || number % 3 == place || number % 3 == 2 {
-                let earliest = [REDIS_START, START][place];
+            let has_turn = match only {
+                Some(only) => place == only,
+                None if length <= SHORT => place < 2,
+                None => TURNS[number % TURNS.len()].contains(&place),
+            };
+            if has_turn {
+                let earliest = [REDIS_START, START, START, REDIS_START][place];
                 let turn = turn.start.max(earliest)..turn.end;
-                lane.run(&turn, length <= SHORT, &mut scenes, &mut rng);
+                lane.run(&turn, length <= SHORT || place == 2, &mut scenes, &mut rng);
             }
         }
         turn.start = turn.end;
@@ -243,6 +259,28 @@ fn other_deck(rng: &mut StdRng) -> Vec<Fault> {
     ];
     deck.extend(networks(Server::Postgres, rng));
     deck
+}
+
+/// Twice each, and short: for a victim that is cut off for long everybody begins anew.
+fn victim_deck(rng: &mut StdRng) -> Vec<Fault> {
+    let victim = rng.random_range(0..REPLICAS);
+    let mut deck: Vec<Fault> = networks(Server::Redis, rng).into();
+    deck.extend(networks(Server::Redis, rng));
+    for fault in &mut deck {
+        if let Fault::Network { gateway, .. } = fault {
+            *gateway = victim;
+        }
+    }
+    deck
+}
+
+fn old_deck(_: &mut StdRng) -> Vec<Fault> {
+    vec![
+        Fault::RedisOld,
+        Fault::RedisOld,
+        Fault::RedisKilled,
+        Fault::RedisFlushed,
+    ]
 }
 
 fn networks(server: Server, rng: &mut StdRng) -> [Fault; 6] {

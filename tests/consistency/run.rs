@@ -40,12 +40,12 @@ pub struct Ended {
     pub logs: Vec<String>,
 }
 
-/// Runs for so long.
-pub async fn run(seed: u64, length: Duration) -> Ended {
+/// Runs for so long; with the faults of one lane alone, if one is given.
+pub async fn run(seed: u64, length: Duration, lane: Option<usize>) -> Ended {
     let mut stage = Stage::start(seed).await;
     let began = Instant::now();
     let load = Load::start(&stage.front, seed, random());
-    let scenes = plan(seed, length);
+    let scenes = plan(seed, length, lane);
     let mut complaints = Vec::new();
     let faults = direct(&mut stage, &scenes, began, &mut complaints).await;
     sleep_until(began + length).await;

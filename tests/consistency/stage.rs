@@ -34,8 +34,8 @@ const CONNECTIONS: usize = 4;
 const CONFIG: &str = r#"
 [namespaces.behind]
 write_delay = "100ms"
-cache_lifetime = "2s"
-refresh_threshold = 0.8
+cache_lifetime = "500ms"
+refresh_threshold = 0.9
 
 [queue]
 retry_backoff_max = "200ms"

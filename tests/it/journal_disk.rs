@@ -159,7 +159,8 @@ async fn a_failed_sync_ends_writes_behind_and_nothing_else() {
     }
 }
 
-/// Puts at the same time, none of which can reach the disk. The keys of those that were told so; of the others it is not known.
+/// Puts at the same time, none of which can reach the disk. The keys of those that were told so: all of them, where a sync of the idle journal
+/// for itself has met the disk first; of the others it is not known.
 async fn assert_all_fail(client: &Client) -> Vec<String> {
     let mut puts = JoinSet::new();
     for key in 0..16 {
@@ -174,7 +175,6 @@ async fn assert_all_fail(client: &Client) -> Vec<String> {
             not_applied.push(key);
         }
     }
-    assert!(not_applied.len() < 16, "one of them has met the disk");
     not_applied
 }
 

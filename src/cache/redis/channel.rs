@@ -2,7 +2,7 @@
 //!
 //! Owns the subscription of one process, in a task of its own that dials it anew when it is lost, and the *beats* by which it is known to be
 //! whole. Does not own what is done when something is heard (the gateway does), nor who publishes (`redis`). Limits: what was received and not
-//! yet taken, at most [`BUFFERED_MAX`] messages; who takes them more slowly than they come loses the subscription. No loss is kept
+//! yet taken, at most `BUFFERED_MAX` messages; who takes them more slowly than they come loses the subscription. No loss is kept
 //! quiet: whatever was missed was missed between a [`Heard::Lost`] and the next [`Heard::Subscribed`].
 //!
 //! A beat is a message to this process alone, which it publishes over its connection for commands, and hears on the same subscription as the
@@ -94,7 +94,7 @@ pub struct Channel {
 impl Channel {
     /// Starts the channel's keeper on the current Tokio runtime and returns at once.
     ///
-    /// Whoever starts it must have a beat of `origin` published several times within [`SILENCE_MAX`].
+    /// Whoever starts it must have a beat of `origin` published several times within three seconds.
     pub fn start(config: &Config, server: &Server, origin: Origin, metrics: CacheMetrics) -> Channel {
         let beats = Beats {
             started: Instant::now(),

@@ -42,6 +42,9 @@ pub(super) struct Link {
     fell: Notify,
     metrics: CacheMetrics,
     complaints: Complaints,
+    /// Lines about a link that falls, and one that stands again: a Redis that comes and goes is said now and then.
+    falls: Complaints,
+    rises: Complaints,
 }
 
 /// A connection that answers.
@@ -62,6 +65,8 @@ impl Link {
             fell: Notify::new(),
             metrics,
             complaints: Complaints::default(),
+            falls: Complaints::default(),
+            rises: Complaints::default(),
         }
     }
 
@@ -79,7 +84,9 @@ impl Link {
         if fallen.is_some() {
             self.metrics.redis_down.inc();
             self.fell.notify_one();
-            tracing::warn!(%failure, "Redis is held to be down");
+            if let Some(unsaid) = self.falls.permit() {
+                tracing::warn!(%failure, unsaid, "Redis is held to be down");
+            }
         }
     }
 
@@ -97,7 +104,9 @@ impl Link {
     fn rise(&self, standing: Standing) {
         *self.standing.write() = Some(standing);
         self.metrics.redis_down.dec();
-        tracing::info!("Redis answers");
+        if let Some(unsaid) = self.rises.permit() {
+            tracing::info!(unsaid, "Redis answers");
+        }
     }
 
     fn stands(&self, number: u64) -> bool {
