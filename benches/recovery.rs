@@ -150,6 +150,7 @@ fn write(number: usize, keys: usize, value_bytes: usize) -> Write {
             expires_at: None,
         },
         tags: Tags::default(),
+        requests: Vec::new(),
     }
 }
 

@@ -5,6 +5,8 @@
 
 use std::{borrow::Cow, error, fmt, sync::Arc, time::Duration};
 
+use crate::model::Version;
+
 /// What the caller should do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
@@ -18,6 +20,20 @@ pub enum ErrorKind {
     Overloaded,
     /// Try again, or elsewhere: something that the call needs is not there, or the gateway is shutting down.
     Unavailable,
+    /// Read the key and decide anew: the write's condition does not hold.
+    Conflict,
+    /// Create the record first: the call wants one, and there is none.
+    Absent,
+    /// Use another key: the record is no counter.
+    NotACounter,
+    /// Add less: the counter would leave its range.
+    OutOfRange,
+    /// Nothing: a later write of the same batch has the key.
+    Superseded,
+    /// Look into the dead letters: the store rejected an accepted write for good.
+    DeadLettered,
+    /// Come back later, or allow more time: the awaited version is not in the store yet.
+    NotPersisted,
     /// Try again, or elsewhere: the version that the read asks for cannot be seen here yet.
     NotVisible,
     /// Forget the version that the read asks for: it is too far ahead of every clock that can have stamped it.
@@ -40,8 +56,8 @@ pub enum Outcome {
 /// A field of a request that breaks its rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldViolation {
-    /// The field, as the proto names it.
-    pub field: &'static str,
+    /// The field, as the proto names it; of a repeated one with its place, from 0: `keys[17]`.
+    pub field: Cow<'static, str>,
     /// What it must be.
     pub description: Cow<'static, str>,
 }
@@ -54,6 +70,7 @@ pub struct Error {
     message: Cow<'static, str>,
     violations: Vec<FieldViolation>,
     retry_after: Option<Duration>,
+    standing: Option<Version>,
     source: Option<Arc<dyn error::Error + Send + Sync>>,
 }
 
@@ -66,6 +83,7 @@ impl Error {
             message: message.into(),
             violations: Vec::new(),
             retry_after: None,
+            standing: None,
             source: None,
         }
     }
@@ -89,6 +107,13 @@ impl Error {
     #[must_use]
     pub fn retry_after(mut self, delay: Duration) -> Error {
         self.retry_after = Some(delay);
+        self
+    }
+
+    /// The same, with the version of the live record that stands, if there is one: of [`ErrorKind::Conflict`].
+    #[must_use]
+    pub fn standing(mut self, version: Option<Version>) -> Error {
+        self.standing = version;
         self
     }
 
@@ -117,6 +142,11 @@ impl Error {
     /// The fields at fault, of [`ErrorKind::Invalid`].
     pub fn violations(&self) -> &[FieldViolation] {
         &self.violations
+    }
+
+    /// The version of the live record that stands, if there is one: of [`ErrorKind::Conflict`].
+    pub fn standing_version(&self) -> Option<Version> {
+        self.standing
     }
 
     /// After which time another try makes sense.

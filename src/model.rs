@@ -1,10 +1,14 @@
-//! The vocabulary: keys, versions, entries, tags, writes.
+//! The vocabulary: keys, versions, entries, tags, writes, conditions, request ids.
 //!
 //! Owns what is valid: a [`Key`] or a [`Version`] that exists is a valid one. Of two entries of a key the one with the higher
 //! version stands: that is the one rule, and each tier applies it. Owns no I/O, no clock and no tier.
 
+mod condition;
+mod request;
 mod tags;
 
+pub use condition::Condition;
+pub use request::{Answer, Answered, Fingerprint, KeyedAnswer, REQUEST_ID_BYTES_MAX, Request, RequestId};
 pub use tags::{TAG_BYTES_MAX, TAGS_MAX, Tags, check_tag};
 
 use std::{
@@ -82,6 +86,11 @@ impl Key {
     /// The size of both parts together, in bytes.
     pub fn bytes(&self) -> usize {
         self.text.len() - 1
+    }
+
+    /// The namespace, NUL, the key: texts are ordered as their keys are.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 }
 
@@ -263,6 +272,8 @@ pub struct Write {
     pub entry: Entry,
     /// What the record is tagged with from now on, in the store alone: those of an earlier write of the key go. A tombstone has none.
     pub tags: Tags,
+    /// The requests that are answered once this is durable: its own, if it has an id, and those of older writes of the key that it stands for.
+    pub requests: Vec<Answered>,
 }
 
 impl Write {
@@ -271,13 +282,23 @@ impl Write {
         weight(&self.key, self.content_bytes())
     }
 
-    /// [`content_bytes`].
+    /// What is remembered with it, and under which key.
+    pub fn answers(&self) -> impl Iterator<Item = KeyedAnswer> {
+        let keyed = |answered: &Answered| KeyedAnswer {
+            key: self.key.clone(),
+            answered: answered.clone(),
+        };
+        self.requests.iter().map(keyed)
+    }
+
+    /// [`content_bytes`], and its request ids.
     pub fn content_bytes(&self) -> usize {
-        content_bytes(self.entry.value.as_ref(), &self.tags)
+        let ids: usize = self.requests.iter().map(|answered| answered.request.bytes()).sum();
+        content_bytes(self.entry.value.as_ref(), &self.tags) + ids
     }
 }
 
-/// The size of what a write holds beside its key: its value and its tags, in bytes.
+/// The size of what a write holds beside its key and its request ids ([`Request::bytes`]): its value and its tags, in bytes.
 pub fn content_bytes(value: Option<&Bytes>, tags: &Tags) -> usize {
     value.map_or(0, Bytes::len) + tags.bytes()
 }
@@ -334,6 +355,7 @@ mod tests {
                 expires_at: None,
             },
             tags: Tags::new(&["secret-tag"]).expect("valid"),
+            requests: Vec::new(),
         };
         assert!(!format!("{write:?}").contains("secret"));
     }

@@ -82,6 +82,8 @@ pub enum KillPoint {
     WritePublished,
     /// `write-pending`: it is pending too, and its caller was not answered.
     WritePending,
+    /// `decision-committed`: what the store decides is committed, and no tier above it knows.
+    DecisionCommitted,
     /// `drain-before-commit`: a batch is taken, and not sent to the store.
     DrainBeforeCommit,
     /// `drain-committed`: the store has answered, and the batch is still pending.
@@ -94,7 +96,7 @@ pub enum KillPoint {
     StopDrained,
 }
 
-const KILL_POINTS: [(&str, KillPoint); 14] = [
+const KILL_POINTS: [(&str, KillPoint); 15] = [
     ("journal-before-write", KillPoint::JournalBeforeWrite),
     ("journal-before-sync", KillPoint::JournalBeforeSync),
     ("journal-after-sync", KillPoint::JournalAfterSync),
@@ -104,6 +106,7 @@ const KILL_POINTS: [(&str, KillPoint); 14] = [
     ("write-appended", KillPoint::WriteAppended),
     ("write-published", KillPoint::WritePublished),
     ("write-pending", KillPoint::WritePending),
+    ("decision-committed", KillPoint::DecisionCommitted),
     ("drain-before-commit", KillPoint::DrainBeforeCommit),
     ("drain-committed", KillPoint::DrainCommitted),
     ("recovered", KillPoint::Recovered),

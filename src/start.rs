@@ -27,7 +27,7 @@ use crate::{
     config::{Config, Url},
     data_dir::{DataDir, DataDirError},
     error::Error,
-    gateway::{Gateway, GatewayParts, Refreshes, Sharing},
+    gateway::{Gateway, GatewayParts, Refreshes, Requests, Sharing},
     health::Health,
     operations,
     queue::{
@@ -36,7 +36,10 @@ use crate::{
     },
     rpc::{admin::Admin, serve::Server},
     shutdown,
-    store::{Store, StoreError, collect, commit::GroupCommit, control, load::GroupLoad, watch},
+    store::{
+        Store, StoreError, collect, commit::GroupCommit, control, decisions::GroupDecide, load::GroupLoad,
+        ranges::Ranges, watch,
+    },
     telemetry::{Metrics, calls::CallMetrics},
 };
 
@@ -320,8 +323,14 @@ fn assemble(
     let (store, clock) = (queue.store.clone(), Arc::clone(&queue.clock));
     let commits = GroupCommit::new(store.clone(), &config.store, metrics.store.clone());
     let loads = GroupLoad::new(store.clone(), &config.store, metrics.store.clone());
+    let decisions = GroupDecide::new(store.clone(), &config.store, metrics.store.clone());
     tasks.add(commits.start(&tasks.stop));
+    tasks.add(decisions.start(&tasks.stop));
     tasks.add(loads.start(&tasks.stop));
+    let requests = Requests::new(&config.requests, clock.now());
+    requests.restore(queue.recovered.iter().flat_map(|(write, _)| write.answers()));
+    let ranges = Ranges::new(store.clone(), &config.store);
+    tasks.add(ranges.start(&tasks.stop));
     let started = Queue::start(&config.queue, queue, &tasks.stop);
     tasks.add(started.workers);
     kill_point!(Recovered);
@@ -332,7 +341,10 @@ fn assemble(
         flights: Flights::new(FLIGHTS_MAX, metrics.cache.clone()),
         queue: started.queue,
         commits,
+        decisions,
+        requests: Arc::new(requests),
         loads,
+        ranges,
         store,
         redis: redis.map(|server| (config.redis.clone(), server)),
         sharing,

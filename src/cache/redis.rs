@@ -14,12 +14,16 @@
 
 pub mod channel;
 mod link;
+mod many;
 #[cfg(feature = "planted-faults")]
 mod planted;
 mod server;
 mod whole;
 
-pub use self::server::{Config, InvalidUrl, Server};
+pub use self::{
+    many::Peeked,
+    server::{Config, InvalidUrl, Server},
+};
 
 use std::{io::Write as _, sync::Arc, time::Duration};
 
@@ -222,7 +226,10 @@ impl RedisCache {
     /// # Errors
     /// [`RedisFailure`]: the load is to land nowhere.
     pub async fn claim(&self, key: &Key, token: SlotToken) -> Result<Claimed, RedisFailure> {
-        let answer = self.run(key, "claim", &[&[&token.0]]).await?;
+        self.claimed(&self.run(key, "claim", &[&[&token.0]]).await?, token)
+    }
+
+    fn claimed(&self, answer: &[u8], token: SlotToken) -> Result<Claimed, RedisFailure> {
         let Some((mine, slot)) = answer.split_first() else {
             return Err(self.foreign());
         };

@@ -18,7 +18,8 @@ pub use self::url::Url;
 
 use crate::{
     cache::{memory, redis},
-    model::{KEY_BYTES_MAX, NAMESPACE_BYTES_MAX, Tags, check_namespace},
+    gateway::requests,
+    model::{KEY_BYTES_MAX, NAMESPACE_BYTES_MAX, Request, Tags, check_namespace},
     namespace::{NamespaceSettings, Namespaces},
     operations,
     queue::{self, journal},
@@ -85,6 +86,8 @@ pub struct Config {
     pub queue: queue::Config,
     /// The journal of write-behind writes, in the data directory.
     pub journal: journal::Config,
+    /// What is remembered of requests with an id.
+    pub requests: requests::Config,
     /// The store's connections and bounds.
     pub store: store::Config,
     /// How the process stops.
@@ -111,6 +114,7 @@ impl Default for Config {
             redis: redis::Config::default(),
             queue: queue::Config::default(),
             journal: journal::Config::default(),
+            requests: requests::Config::default(),
             store: store::Config::default(),
             shutdown: shutdown::Config::default(),
             namespace_defaults: NamespaceSettings::default(),
@@ -221,6 +225,7 @@ impl Config {
         in_section("redis", self.redis.validate())?;
         in_section("queue", self.queue.validate())?;
         in_section("journal", self.journal.validate())?;
+        in_section("requests", self.requests.validate())?;
         in_section("store", self.store.validate())?;
         in_section("shutdown", self.shutdown.validate())?;
         in_section("namespace_defaults", self.namespace_defaults.validate())?;
@@ -236,7 +241,7 @@ impl Config {
         let longest = self
             .rpc
             .value_bytes_max
-            .saturating_add(NAMESPACE_BYTES_MAX + KEY_BYTES_MAX + Tags::BYTES_MAX);
+            .saturating_add(NAMESPACE_BYTES_MAX + KEY_BYTES_MAX + Tags::BYTES_MAX + Request::BYTES_MAX);
         if longest > self.journal.write_bytes_max() {
             let reason = format!(
                 "is too small for rpc.value_bytes_max: the longest write has {longest} bytes, and a segment takes writes of up to {}",

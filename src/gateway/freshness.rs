@@ -8,7 +8,7 @@
 //! moves no clock; the record's own expiry wins over everything here. Safe to drop at any await: nothing but loads, which run in tasks of
 //! their own, outlives a read.
 
-use std::{pin::pin, sync::atomic::Ordering, time::Duration};
+use std::{future::Future, pin::pin, sync::atomic::Ordering, time::Duration};
 
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -77,6 +77,11 @@ impl Demand {
         self.is_recent(&found.copy, now) && self.has_version(found, now)
     }
 
+    /// The same of what may answer by its lifetime alone.
+    pub(super) fn met_by_fresh(&self, found: &Loaded, now: Timestamp) -> bool {
+        found.copy.is_fresh(now) && self.met_by(found, now)
+    }
+
     /// Whether asking anew could find no more than this now: it may answer, or the look that found it began no earlier than ours.
     pub(super) fn settled_by(&self, found: &Loaded, now: Timestamp) -> bool {
         self.is_recent(&found.copy, now) && (self.has_version(found, now) || self.was_found_since(&found.copy, now))
@@ -113,18 +118,28 @@ impl Demand {
 impl Gateway {
     /// Reads a key as it was asked for; at the latest shortly before the deadline where it waits for a version.
     pub(super) async fn answer(&self, key: &Key, options: ReadOptions, deadline: Instant) -> Result<Loaded, Error> {
-        let Freshness {
-            max_staleness,
-            min_version,
-        } = options.freshness;
-        if let Some(version) = min_version {
+        if let Some(version) = options.freshness.min_version {
             return Box::pin(self.await_version(key, version, options, deadline)).await;
         }
+        self.or_recall(key, options, self.look(key, options, deadline), deadline)
+            .await
+    }
+
+    /// What a look down the tiers finds; and where the namespace has a grace, what was known when the store does not answer that look, or
+    /// not in time.
+    pub(super) async fn or_recall(
+        &self,
+        key: &Key,
+        options: ReadOptions,
+        looking: impl Future<Output = Result<Loaded, Error>>,
+        deadline: Instant,
+    ) -> Result<Loaded, Error> {
         let grace = self.parts().namespaces.get(key.namespace()).stale_if_error;
-        if grace.is_zero() || max_staleness.is_some() || options.consistency == ReadConsistency::Store {
-            return self.look(key, options, deadline).await;
+        let wants_current = options.freshness.max_staleness.is_some() || options.consistency == ReadConsistency::Store;
+        if grace.is_zero() || wants_current {
+            return looking.await;
         }
-        self.look_or_recall(key, options, grace, deadline).await
+        self.look_or_recall(key, looking, grace, deadline).await
     }
 
     /// One look down the tiers.
@@ -197,15 +212,15 @@ impl Gateway {
         found.is_some_and(|found| demand.has_version(&found, self.parts().clock.now()))
     }
 
-    /// Looks down the tiers, and falls back on what was known when the store does not answer, or not in time.
+    /// Falls back on what was known when the store does not answer, or not in time.
     async fn look_or_recall(
         &self,
         key: &Key,
-        options: ReadOptions,
+        looking: impl Future<Output = Result<Loaded, Error>>,
         grace: Duration,
         deadline: Instant,
     ) -> Result<Loaded, Error> {
-        let mut looking = pin!(self.look(key, options, deadline));
+        let mut looking = pin!(looking);
         let failed = match timeout_at(last_word_at(deadline), &mut looking).await {
             Ok(Err(error)) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout) => Some(error),
             Ok(ended) => return ended,
@@ -259,8 +274,8 @@ pub(super) fn is_kept_for_outages(copy: &Copy, now: Timestamp) -> bool {
     is_live && !copy.is_fresh(now) && copy.loaded_at.after(KEPT_MIN) < now
 }
 
-/// When a read that waits is to be answered: a little before its deadline, however near that is.
-fn last_word_at(deadline: Instant) -> Instant {
+/// When a call that waits is to be answered: a little before its deadline, however near that is.
+pub(super) fn last_word_at(deadline: Instant) -> Instant {
     let left = deadline.saturating_duration_since(Instant::now());
     deadline.checked_sub(LAST_WORD.min(left / 4)).unwrap_or(deadline)
 }

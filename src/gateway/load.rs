@@ -37,16 +37,20 @@ impl Gateway {
             let deadline = deadline.max(Instant::now() + gateway.parts().load_wait);
             let key = lead.key().clone();
             let token = gateway.parts().memory.leave_token(&key);
-            // An earlier flight may have landed between this caller's look and its lead.
-            let now = gateway.parts().clock.now();
-            let landed = gateway.look_in_memory(&key, now);
-            if let Some(loaded) = landed.filter(|loaded| demand.met_by(loaded, now)) {
+            if let Some(loaded) = gateway.landed_before(&key, demand) {
                 lead.end(Ok(loaded.clone()));
                 return Ok(loaded);
             }
             let outcome = gateway.get_shared(&key, demand, deadline).await;
             gateway.land(lead, token, outcome)
         })
+    }
+
+    /// What an earlier flight has landed between a caller's look and its lead.
+    pub(super) fn landed_before(&self, key: &Key, demand: Demand) -> Option<Loaded> {
+        let now = self.parts().clock.now();
+        let landed = self.look_in_memory(key, now);
+        landed.filter(|loaded| demand.met_by(loaded, now))
     }
 
     /// Renews a copy in the background when little of its lifetime is left: once, and only so many at a time.
@@ -97,34 +101,39 @@ impl Gateway {
         } else {
             self.claim(key, wanted).await
         };
-        match claim {
-            Claim::Found(found) => Ok(newest_of(self.look_in_pending(key), Some(found.clone())).unwrap_or(found)),
-            Claim::Load {
-                token,
-                above: shared,
-                blind,
-            } => {
-                let above = newest_of(above, shared);
-                let mut loaded = self.get_stored(key, above, deadline).await?;
-                if blind {
-                    let end = loaded.copy.loaded_at.after(BLIND_LIFETIME);
-                    loaded.copy.fresh_until = loaded.copy.fresh_until.min(end);
-                }
-                if let Some(token) = token {
-                    token.fill(&loaded);
-                }
-                Ok(loaded)
-            }
+        let (token, shared, blind) = match claim {
+            Claim::Found(found) => return Ok(self.overlay_pending(key, found)),
+            Claim::Load { token, above, blind } => (token, above, blind),
+            // It was waited for.
+            Claim::Wait { above } => (None, above, false),
+        };
+        let mut loaded = self.get_stored(key, newest_of(above, shared), deadline).await?;
+        if blind {
+            shorten(&mut loaded.copy);
         }
+        if let Some(token) = token {
+            token.fill(&loaded);
+        }
+        Ok(loaded)
+    }
+
+    /// What another's load has put into Redis, unless something newer is pending.
+    pub(super) fn overlay_pending(&self, key: &Key, found: Loaded) -> Loaded {
+        newest_of(self.look_in_pending(key), Some(found.clone())).unwrap_or(found)
     }
 
     /// Ends a load: L1 gets the copy unless a write came since, and those who joined get the answer.
-    fn land(&self, lead: Lead, token: Token, outcome: Result<Loaded, Error>) -> Result<Loaded, Error> {
+    pub(super) fn land(&self, lead: Lead, token: Token, outcome: Result<Loaded, Error>) -> Result<Loaded, Error> {
         let now = self.parts().clock.now();
         let outcome = outcome.map(|loaded| land_in_memory(token, loaded, now));
         lead.end(outcome.clone());
         outcome
     }
+}
+
+/// Has a copy that was loaded without Redis answer for a moment only.
+pub(super) fn shorten(copy: &mut Copy) {
+    copy.fresh_until = copy.fresh_until.min(copy.loaded_at.after(BLIND_LIFETIME));
 }
 
 /// Offers what was found to L1. The answer: that, or what L1 keeps instead, if it may still answer.

@@ -196,6 +196,7 @@ impl Gateway {
             entry,
             // Of no concern to Redis.
             tags: Tags::default(),
+            requests: Vec::new(),
         };
         let grace = self.grace(key).max(KEPT_MIN);
         let published = redis.publish(&write, &copy, hold, grace).await?;

@@ -12,16 +12,22 @@
 //! Cancellation: a read's future may be dropped at any await; the load that it leads runs in a task of its own. A write's future may
 //! be dropped until it is admitted (nothing happened); from then on it runs in a task of its own, and only the answer is lost.
 
+mod batch;
+mod batch_read;
 mod coherence;
+mod decide;
 mod epoch;
 mod freshness;
 pub mod invalidate;
 mod load;
 mod mend;
+mod persisted;
 #[cfg(feature = "planted-faults")]
 mod planted;
 mod read;
 mod repairs;
+pub mod requests;
+pub mod scan;
 mod shared;
 mod sharing;
 pub mod stats;
@@ -32,6 +38,7 @@ mod write;
 
 pub use self::{
     freshness::{Freshness, ReadOptions},
+    requests::Requests,
     sharing::Sharing,
 };
 pub use crate::queue::journal::State as JournalState;
@@ -56,10 +63,10 @@ use crate::{
     },
     clock::Clock,
     error::{Error, ErrorKind},
-    model::{Entry, Key, Source, Tags, Timestamp, Version, Write},
+    model::{Condition, Entry, Key, RequestId, Source, Tags, Timestamp, Version, Write},
     namespace::{Namespaces, WriteMode},
     queue::{Dropped, Notice, Queue, journal::Lane},
-    store::{Store, commit::GroupCommit, load::GroupLoad},
+    store::{Store, commit::GroupCommit, decisions::GroupDecide, load::GroupLoad, ranges::Ranges},
     telemetry::{CacheMetrics, calls::ThreadCounters},
 };
 
@@ -114,6 +121,60 @@ pub struct WriteRequest {
     pub ttl: Option<Duration>,
     /// When to answer; `None`: as the namespace is configured.
     pub mode: Option<WriteMode>,
+    /// What must hold of what stands. Then the store decides, and `mode` is not [`WriteMode::Behind`].
+    pub condition: Option<Condition>,
+    /// The id under which it is written once.
+    pub request: Option<RequestId>,
+    /// Whether a write-behind write is answered only once the store has it.
+    pub await_persisted: bool,
+}
+
+/// A checked change of a record's expiry.
+#[derive(Debug)]
+pub struct TouchRequest {
+    /// Whose.
+    pub key: Key,
+    /// How long the record exists from now on; `None`: for ever.
+    pub ttl: Option<Duration>,
+    /// The id under which it is done once.
+    pub request: Option<RequestId>,
+}
+
+/// A checked increment.
+#[derive(Debug)]
+pub struct IncrementRequest {
+    /// The counter.
+    pub key: Key,
+    /// What is added: not 0.
+    pub delta: i64,
+    /// How long a counter that is created exists.
+    pub ttl: Option<Duration>,
+    /// The id under which it is counted once; `None`: one is made up.
+    pub request: Option<RequestId>,
+}
+
+/// The answer to a touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Touched {
+    /// The version that it got.
+    pub version: Version,
+    /// When the record ceases to exist.
+    pub expires_at: Option<Timestamp>,
+    /// Whether an earlier call did it.
+    pub deduplicated: bool,
+}
+
+/// The answer to an increment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counted {
+    /// What the counter was then.
+    pub value: i64,
+    /// The version that it got.
+    pub version: Version,
+    /// When the counter ceases to exist.
+    pub expires_at: Option<Timestamp>,
+    /// Whether an earlier call did it.
+    pub deduplicated: bool,
 }
 
 /// A write's answer.
@@ -123,6 +184,8 @@ pub struct Written {
     pub version: Version,
     /// What it rests on.
     pub durability: Durability,
+    /// Whether an earlier call with the same request id wrote it.
+    pub deduplicated: bool,
 }
 
 /// Permits of background renewals of cached copies.
@@ -150,8 +213,14 @@ pub struct GatewayParts {
     pub queue: Queue,
     /// Write-through.
     pub commits: GroupCommit,
+    /// What the store decides.
+    pub decisions: GroupDecide,
+    /// Which request ids are known.
+    pub requests: Arc<Requests>,
     /// Misses.
     pub loads: GroupLoad,
+    /// Scans.
+    pub ranges: Ranges,
     /// What operators ask for.
     pub store: Store,
     /// L2, if there is one: its settings, and where it is.
@@ -215,18 +284,22 @@ impl Gateway {
     }
 
     async fn find(&self, key: &Key, options: ReadOptions, deadline: Instant) -> Result<Found, Error> {
-        let answer = self.answer(key, options, deadline);
-        let Loaded { copy, source, stale } = timeout_at(deadline, answer)
-            .await
-            .map_err(|_| Error::new(ErrorKind::Timeout, "the deadline passed before a tier answered"))??;
-        self.inner.counters.answered(source);
+        let answer = timeout_at(deadline, self.answer(key, options, deadline)).await;
+        answer
+            .unwrap_or_else(|_| Err(no_tier_answered()))
+            .map(|loaded| self.found(loaded))
+    }
+
+    /// What a caller is told of what was found.
+    fn found(&self, loaded: Loaded) -> Found {
+        let Loaded { copy, source, stale } = loaded;
         let now = self.parts().clock.now();
-        Ok(Found {
+        Found {
             entry: copy.entry.filter(|entry| entry.is_live(now)),
             source,
             age: now.since(copy.loaded_at),
             stale,
-        })
+        }
     }
 
     /// Does in the caches what a write that leaves the queue asks for.
@@ -297,12 +370,20 @@ impl Gateway {
     }
 }
 
+fn no_tier_answered() -> Error {
+    Error::new(ErrorKind::Timeout, "the deadline passed before a tier answered")
+}
+
+fn stopped() -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        "the gateway was stopped in the middle of the call",
+    )
+}
+
 fn died(error: JoinError) -> Error {
     if error.is_cancelled() {
-        return Error::new(
-            ErrorKind::Unavailable,
-            "the gateway was stopped in the middle of the call",
-        );
+        return stopped();
     }
     Error::new(ErrorKind::Internal, "the gateway failed in the middle of the call").because(error)
 }

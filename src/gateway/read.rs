@@ -14,72 +14,77 @@ use super::{
 use crate::{
     cache::{
         Copy, Loaded,
-        flight::{FLIGHTS_MAX, Ticket},
+        flight::{FLIGHTS_MAX, Join, LoadResult, Ticket},
     },
     error::{Error, ErrorKind},
-    model::{Key, Source, Timestamp},
+    model::{Entry, Key, Source, Timestamp},
     queue::PendingEntry,
 };
 
 impl Gateway {
     pub(super) async fn get_cached(&self, key: &Key, demand: Demand, deadline: Instant) -> Result<Loaded, Error> {
-        let now = demand.since;
-        if let Some(loaded) = self
-            .look_in_memory(key, now)
-            .filter(|loaded| demand.met_by(loaded, now))
-        {
-            self.refresh_if_due(key, &loaded.copy, now);
+        if let Some(loaded) = self.get_from_memory(key, demand) {
             return Ok(loaded);
         }
         loop {
-            let (now, flights) = (self.parts().clock.now(), &self.parts().flights);
-            let ticket = if self.parts().memory.is_on(now) {
-                flights.join_or_lead(key)
-            } else {
-                // A flight's answer is as old as the flight: it may miss what this replica was not told of meanwhile.
-                flights.lead_alone(key)
-            };
-            match ticket {
+            match self.board(key) {
                 Ticket::Lead(lead) => {
                     return self.spawn_load(lead, demand, deadline).await.map_err(died)?;
                 }
                 Ticket::Join(join) => {
-                    match join.outcome().await {
-                        // Its leader died, or had less time than this caller: somebody has to lead anew.
-                        None => {}
-                        Some(Err(error)) if error.kind() == ErrorKind::Timeout && Instant::now() < deadline => {}
-                        // Older than what this caller asks for, by a look that began before it came.
-                        Some(Ok(loaded)) if !demand.settled_by(&loaded, self.parts().clock.now()) => {}
-                        Some(outcome) => return outcome,
+                    if let Some(outcome) = self.arrive(join, demand, deadline).await {
+                        return outcome;
                     }
                 }
-                Ticket::Full => {
-                    let message = format!("{FLIGHTS_MAX} keys are being loaded, as many as may be at a time");
-                    return Err(Error::new(ErrorKind::Overloaded, message));
-                }
+                Ticket::Full => return Err(too_many_loads()),
             }
+        }
+    }
+
+    /// What L1 answers, and has renewed if that is due.
+    pub(super) fn get_from_memory(&self, key: &Key, demand: Demand) -> Option<Loaded> {
+        let now = demand.since;
+        let loaded = self.look_in_memory(key, now)?;
+        if !demand.met_by(&loaded, now) {
+            return None;
+        }
+        self.refresh_if_due(key, &loaded.copy, now);
+        Some(loaded)
+    }
+
+    /// A place in a flight for a key.
+    pub(super) fn board(&self, key: &Key) -> Ticket {
+        let (now, flights) = (self.parts().clock.now(), &self.parts().flights);
+        if self.parts().memory.is_on(now) {
+            flights.join_or_lead(key)
+        } else {
+            // A flight's answer is as old as the flight: it may miss what this replica was not told of meanwhile.
+            flights.lead_alone(key)
+        }
+    }
+
+    /// Waits for the end of another's flight. `None`: it answers nothing to this caller, who is to board anew.
+    pub(super) async fn arrive(&self, join: Join, demand: Demand, deadline: Instant) -> Option<LoadResult> {
+        match join.outcome().await {
+            // Its leader died, or had less time than this caller: somebody has to lead anew.
+            None => None,
+            Some(Err(error)) if error.kind() == ErrorKind::Timeout && Instant::now() < deadline => None,
+            // Older than what this caller asks for, by a look that began before it came.
+            Some(Ok(loaded)) if !demand.settled_by(&loaded, self.parts().clock.now()) => None,
+            Some(outcome) => Some(outcome),
         }
     }
 
     pub(super) async fn get_shared(&self, key: &Key, demand: Demand, deadline: Instant) -> Result<Loaded, Error> {
         let above = self.look_above_store(key).await;
-        let now = self.parts().clock.now();
-        match above {
-            Some(loaded)
-                if !loaded.stale
-                    && (loaded.source == Source::Pending || loaded.copy.is_fresh(now))
-                    && demand.met_by(&loaded, now) =>
-            {
-                Ok(loaded)
-            }
-            // Durable, and the newest that is known here: better than no answer, and the caller is told.
-            Some(unconfirmed) if unconfirmed.stale && demand.met_by(&unconfirmed, now) => {
+        match Above::judge(above, demand, self.parts().clock.now()) {
+            Above::Answer(loaded) => Ok(loaded),
+            Above::Unconfirmed(unconfirmed) => {
                 let confirmed = self.get_stored(key, Some(unconfirmed.clone()), deadline).await;
                 confirmed.or(Ok(unconfirmed))
             }
-            // A copy past its lifetime, or less than was asked for, does not answer by itself, but an older row does not answer over it either.
-            above => {
-                let wanted = |found: &Loaded, now| found.copy.is_fresh(now) && demand.met_by(found, now);
+            Above::Reload(above) => {
+                let wanted = |found: &Loaded, now| demand.met_by_fresh(found, now);
                 self.reload(key, above, wanted, deadline).await
             }
         }
@@ -95,6 +100,11 @@ impl Gateway {
     ) -> Result<Loaded, Error> {
         let pending = self.look_in_pending(key);
         let stored = self.load(key, deadline).await?;
+        Ok(self.overlay(key, stored, pending, above))
+    }
+
+    /// What the store said, overlaid with what was pending before it was asked, and with what a tier above it was found to hold.
+    pub(super) fn overlay(&self, key: &Key, stored: Loaded, pending: Option<Loaded>, above: Option<Loaded>) -> Loaded {
         let asked_at = stored.copy.loaded_at;
         let above = above.filter(|above| above.source != Source::L2 || !is_kept_for_outages(&above.copy, asked_at));
         let mut found = [pending, above].into_iter().flatten().fold(stored, newest);
@@ -106,7 +116,7 @@ impl Gateway {
         } else {
             found.copy = self.copy_of(key, found.copy.entry, asked_at);
         }
-        Ok(found)
+        found
     }
 
     pub(super) fn look_in_memory(&self, key: &Key, now: Timestamp) -> Option<Loaded> {
@@ -140,13 +150,18 @@ impl Gateway {
         let asked_at = self.parts().clock.now();
         self.inner.counters.namespaces.load(key.namespace());
         let entry = self.parts().loads.load(key, deadline).await?;
+        Ok(self.stored(key, entry, asked_at))
+    }
+
+    /// What the store said when it was asked at `asked_at`, or a moment later.
+    pub(super) fn stored(&self, key: &Key, entry: Option<Entry>, asked_at: Timestamp) -> Loaded {
         let copy = self.copy_of(key, entry, asked_at);
         self.observe(Some(&copy));
-        Ok(Loaded {
+        Loaded {
             copy,
             source: Source::Store,
             stale: false,
-        })
+        }
     }
 
     pub(super) fn observe(&self, copy: Option<&Copy>) {
@@ -154,6 +169,41 @@ impl Gateway {
             self.parts().clock.observe(version);
         }
     }
+}
+
+/// What a look at the tiers above the store comes to.
+pub(super) enum Above {
+    /// It answers.
+    Answer(Loaded),
+    /// It answers if the store cannot: durable, and the newest that is known here; better than no answer, and the caller is told.
+    Unconfirmed(Loaded),
+    /// The store is to be asked. A copy past its lifetime, or less than was asked for, does not answer by itself, but an older row does not
+    /// answer over it either.
+    Reload(Option<Loaded>),
+}
+
+impl Above {
+    pub(super) fn judge(above: Option<Loaded>, demand: Demand, now: Timestamp) -> Above {
+        match above {
+            Some(loaded)
+                if !loaded.stale
+                    && (loaded.source == Source::Pending || loaded.copy.is_fresh(now))
+                    && demand.met_by(&loaded, now) =>
+            {
+                Above::Answer(loaded)
+            }
+            Some(unconfirmed) if unconfirmed.stale && demand.met_by(&unconfirmed, now) => {
+                Above::Unconfirmed(unconfirmed)
+            }
+            above => Above::Reload(above),
+        }
+    }
+}
+
+/// As many keys are being loaded as may be.
+pub(super) fn too_many_loads() -> Error {
+    let message = format!("{FLIGHTS_MAX} keys are being loaded, as many as may be at a time");
+    Error::new(ErrorKind::Overloaded, message)
 }
 
 /// The overlay of two tiers: the higher version. An entry is newer than an absence.

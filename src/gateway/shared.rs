@@ -4,15 +4,16 @@
 //! be told is remembered. Does not own the slots (`cache::redis`) nor the repair (`mend`). Cancellation: dropped at any await, a token
 //! that was left is given back.
 
-use std::time::Duration;
+use std::{future::ready, time::Duration};
 
+use futures_util::stream::{self, StreamExt as _};
 use tokio::time::{Instant, sleep};
 
 use super::Gateway;
 use crate::{
     cache::{
         Copy, Loaded,
-        redis::{Entered, Hold, Published, RedisCache, SlotToken},
+        redis::{Claimed, Entered, Hold, Peeked, Published, RedisCache, SlotToken},
     },
     model::{Key, Source, Timestamp, Version, Write},
 };
@@ -21,10 +22,18 @@ use crate::{
 const LOOK_FIRST: Duration = Duration::from_millis(2);
 const LOOK_MAX: Duration = Duration::from_millis(20);
 
+/// How many copies of a batch are on their way to Redis at a time: each is held once more for that.
+const FILLS_AT_A_TIME: usize = 64;
+
 /// What a read that missed is to do.
 pub(super) enum Claim {
     /// Answer with what another replica has put there meanwhile.
     Found(Loaded),
+    /// Wait for the load of another replica.
+    Wait {
+        /// What stands in Redis, and does not answer by itself.
+        above: Option<Loaded>,
+    },
     /// Ask the store, then land what it says with the token, if there is one.
     Load {
         token: Option<FillToken>,
@@ -44,20 +53,41 @@ pub(super) struct FillToken {
 
 impl FillToken {
     /// Offers what a load found to Redis, in the background: only what the store itself said.
-    pub(super) fn fill(mut self, loaded: &Loaded) {
+    pub(super) fn fill(self, loaded: &Loaded) {
+        let gateway = self.gateway.clone();
+        if let Some(fill) = self.offer(loaded) {
+            let landing = gateway.clone();
+            gateway.inner.tasks.spawn(async move { fill.land(&landing).await });
+        }
+    }
+
+    /// The same, to be landed with others. `None`: the store did not say it, and the token is given back.
+    pub(super) fn offer(mut self, loaded: &Loaded) -> Option<Fill> {
         let (Source::Store, false) = (loaded.source, loaded.stale) else {
-            return;
+            return None;
         };
-        let Some(token) = self.token.take() else {
-            return;
-        };
-        let (gateway, key, copy) = (self.gateway.clone(), self.key.clone(), loaded.copy.clone());
-        self.gateway.inner.tasks.spawn(async move {
-            if let Some(redis) = gateway.readable(&key) {
-                // A failure leaves Redis without the copy; the link has counted it.
-                let _ = redis.land_load(&key, token, &copy, gateway.grace(&key)).await;
-            }
-        });
+        Some(Fill {
+            token: self.token.take()?,
+            key: self.key.clone(),
+            copy: loaded.copy.clone(),
+        })
+    }
+}
+
+/// What the store said, on its way to Redis.
+pub(super) struct Fill {
+    key: Key,
+    token: SlotToken,
+    copy: Copy,
+}
+
+impl Fill {
+    async fn land(self, gateway: &Gateway) {
+        let Fill { key, token, copy } = self;
+        if let Some(redis) = gateway.readable(&key) {
+            // A failure leaves Redis without the copy; the link has counted it.
+            let _ = redis.land_load(&key, token, &copy, gateway.grace(&key)).await;
+        }
     }
 }
 
@@ -84,6 +114,61 @@ impl Gateway {
         };
         let shared = shared.and_then(|copy| self.trusted(key, copy));
         super::read::newest_of(pending, shared)
+    }
+
+    /// The same of many keys, with one question to Redis; `None` of a copy that is too large to be had with others.
+    pub(super) async fn look_above_store_all(&self, keys: &[&Key]) -> Vec<Option<Option<Loaded>>> {
+        let mut above: Vec<_> = keys.iter().map(|key| Some(self.look_in_pending(key))).collect();
+        let places = self.readable_places(keys);
+        let Some(redis) = self.inner.redis.as_ref().filter(|_| !places.is_empty()) else {
+            return above;
+        };
+        let asked: Vec<&Key> = places.iter().map(|place| keys[*place]).collect();
+        // A failure is a miss; the link has counted it.
+        for (place, peeked) in places.iter().zip(redis.peek_all(&asked).await.unwrap_or_default()) {
+            let shared = match peeked {
+                Peeked::Nothing => continue,
+                Peeked::Copy(copy) => self.trusted(keys[*place], copy),
+                Peeked::Large => {
+                    above[*place] = None;
+                    continue;
+                }
+            };
+            above[*place] = above[*place]
+                .take()
+                .map(|pending| super::read::newest_of(pending, shared));
+        }
+        above
+    }
+
+    /// Which of these keys have copies in Redis that may be read and filled.
+    fn readable_places(&self, keys: &[&Key]) -> Vec<usize> {
+        let mut places = Vec::with_capacity(keys.len());
+        let mut last: Option<(&str, bool)> = None;
+        for (place, key) in keys.iter().enumerate() {
+            let is_readable = match last {
+                // Mostly they are all of one namespace.
+                Some((namespace, is_readable)) if namespace == key.namespace() => is_readable,
+                _ => self.readable(key).is_some(),
+            };
+            last = Some((key.namespace(), is_readable));
+            if is_readable {
+                places.push(place);
+            }
+        }
+        places
+    }
+
+    /// Lands what loads found in Redis, in the background, and so many at a time.
+    pub(super) fn land_all(&self, fills: Vec<Fill>) {
+        if fills.is_empty() {
+            return;
+        }
+        let gateway = self.clone();
+        self.inner.tasks.spawn(async move {
+            let landing = stream::iter(fills).map(|fill| fill.land(&gateway));
+            landing.buffer_unordered(FILLS_AT_A_TIME).for_each(|()| ready(())).await;
+        });
     }
 
     /// A load without a word from Redis.
@@ -116,21 +201,64 @@ impl Gateway {
                 fill.token = None;
                 return self.unclaimed();
             };
-            fill.token = claimed.token;
-            let token = fill.token.is_some().then_some(fill);
-            match claimed.copy.and_then(|copy| self.trusted(key, copy)) {
-                Some(shared) if wanted(&shared, self.parts().clock.now()) => return Claim::Found(shared),
-                above if token.is_some() || Instant::now() >= end => {
+            match self.heed_claim(claimed, fill, &wanted) {
+                Claim::Wait { above } if Instant::now() >= end => {
                     return Claim::Load {
-                        token,
+                        token: None,
                         above,
                         blind: false,
                     };
                 }
-                _ => {}
+                Claim::Wait { .. } => {}
+                claim => return claim,
             }
             sleep(pause).await;
             pause = LOOK_MAX.min(pause * 2);
+        }
+    }
+
+    /// The same of many keys, with one question to Redis. For another's landing nobody waits here: that is [`Claim::Wait`].
+    pub(super) async fn claim_all(&self, keys: &[&Key], wanted: impl Fn(&Loaded, Timestamp) -> bool) -> Vec<Claim> {
+        let mut claims: Vec<Claim> = keys.iter().map(|_| self.unclaimed()).collect();
+        let places = self.readable_places(keys);
+        let Some(redis) = self.inner.redis.as_ref().filter(|_| !places.is_empty()) else {
+            return claims;
+        };
+        // As for one.
+        let mut fills: Vec<FillToken> = places
+            .iter()
+            .map(|place| FillToken {
+                gateway: self.clone(),
+                key: keys[*place].clone(),
+                token: Some(SlotToken::random()),
+            })
+            .collect();
+        let asked: Vec<(&Key, SlotToken)> = fills.iter().filter_map(|fill| Some((&fill.key, fill.token?))).collect();
+        let claimed = redis.claim_all(&asked).await;
+        let Ok(claimed) = claimed else {
+            fills.iter_mut().for_each(|fill| fill.token = None);
+            return claims;
+        };
+        for ((place, mut fill), claimed) in places.into_iter().zip(fills).zip(claimed) {
+            match claimed {
+                Ok(claimed) => claims[place] = self.heed_claim(claimed, fill, &wanted),
+                Err(_) => fill.token = None,
+            }
+        }
+        claims
+    }
+
+    /// What comes of a claim that Redis has answered.
+    fn heed_claim(&self, claimed: Claimed, mut fill: FillToken, wanted: impl Fn(&Loaded, Timestamp) -> bool) -> Claim {
+        fill.token = claimed.token;
+        match claimed.copy.and_then(|copy| self.trusted(&fill.key, copy)) {
+            Some(shared) if wanted(&shared, self.parts().clock.now()) => Claim::Found(shared),
+            above if fill.token.is_some() => Claim::Load {
+                token: Some(fill),
+                above,
+                blind: false,
+            },
+            above => Claim::Wait { above },
         }
     }
 

@@ -164,8 +164,11 @@ impl Gateway {
             source: found.source,
             absent: found.entry.is_none(),
         });
-        let counters = &self.inner.counters.namespaces;
-        counters.read(key.namespace(), answered, started.elapsed());
+        let counters = &self.inner.counters;
+        if let Some(Answered { source, .. }) = answered {
+            counters.answered(source);
+        }
+        counters.namespaces.read(key.namespace(), answered, started.elapsed());
     }
 }
 

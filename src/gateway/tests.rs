@@ -3,10 +3,12 @@
 //! Owns the rig: a whole gateway without Redis over scripted faults, which other modules' tests may use. The storm, in which all of it
 //! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`]; how fresh an answer is, in [`freshness`].
 
+mod batch_read;
 mod clock;
 mod coherence;
 mod durable;
 mod freshness;
+mod scan;
 mod storm;
 
 use std::num::NonZeroUsize;
@@ -48,6 +50,7 @@ pub(crate) struct Setup {
     pub(crate) refreshes_max: usize,
     pub(crate) journal: Journal,
     pub(crate) recovered: Vec<(Write, Record)>,
+    pub(crate) requests: requests::Config,
 }
 
 /// A gateway, and the tiers around it.
@@ -73,6 +76,7 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
         refreshes_max: REFRESHES_MAX,
         journal: sim::journal(),
         recovered: Vec::new(),
+        requests: requests::Config::default(),
     };
     change(&mut setup);
     setup.namespace.validate().expect("valid");
@@ -86,11 +90,15 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let stop = CancellationToken::new();
     let config = store::Config::default();
     let commits = GroupCommit::new(store.clone(), &config, store_metrics.clone());
+    let decisions = GroupDecide::new(store.clone(), &config, store_metrics.clone());
     let loads = GroupLoad::new(store.clone(), &config, store_metrics.clone());
     // Its pings tell the breaker that the store is back.
     let mut tasks = vec![watch::start(store.clone(), &stop)];
     tasks.extend(commits.start(&stop));
+    tasks.extend(decisions.start(&stop));
     tasks.extend(loads.start(&stop));
+    let ranges = Ranges::new(store.clone(), &config);
+    tasks.extend(ranges.start(&stop));
     let queue = queue::Parts {
         store: store.clone(),
         clock: Arc::clone(&clock),
@@ -102,6 +110,7 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let mut started = Queue::start(&setup.queue, queue, &stop);
     tasks.extend(started.workers);
     let parts = GatewayParts {
+        requests: Arc::new(Requests::new(&setup.requests, clock.now())),
         clock,
         namespaces: Arc::new(Namespaces::new(setup.namespace, [])),
         memory: Arc::new(Memory::new(&memory::Config {
@@ -110,7 +119,9 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
         flights: Flights::new(setup.flights_max, cache_metrics.clone()),
         queue: started.queue,
         commits,
+        decisions,
         loads,
+        ranges,
         redis: None,
         store: store.clone(),
         sharing: Arc::new(Sharing::new("")),
@@ -230,6 +241,7 @@ impl Rig {
                 expires_at: None,
             },
             tags: Tags::default(),
+            requests: Vec::new(),
         });
     }
 }
@@ -245,6 +257,9 @@ fn put(name: &str, value: &str, mode: WriteMode) -> WriteRequest {
         ttl: None,
         mode: Some(mode),
         tags: Tags::default(),
+        condition: None,
+        request: None,
+        await_persisted: false,
     }
 }
 

@@ -9,15 +9,25 @@ use std::{future::Future, time::Duration};
 use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Durability, Gateway, WriteRequest, Written, died};
+use super::{
+    Durability, Gateway, WriteRequest, Written,
+    decide::Undecided,
+    died,
+    requests::{Done, Lead, Requests, Turned, fingerprint_of_write, reused},
+};
 use crate::{
-    cache::redis::{Hold, Published},
+    cache::{
+        memory::Token,
+        redis::{Entered, Hold, Published},
+    },
     clock::NoStamp,
     error::{Error, ErrorKind, Outcome},
-    model::{Entry, Key, Tags, Timestamp, Version, Write, content_bytes},
+    model::{
+        Answer, Answered, Condition, Entry, Fingerprint, Key, Request, Tags, Timestamp, Version, Write, content_bytes,
+    },
     namespace::WriteMode,
     queue::{Admission, Claim},
-    store::Committed,
+    store::{Committed, operation::Change},
 };
 
 /// How long after its deadline a write's own, more exact, word about it is waited for.
@@ -33,15 +43,21 @@ struct Draft {
 }
 
 impl Draft {
-    fn stamped(&self, version: Version) -> Write {
+    fn stamped(&self, version: Version, request: Option<&Request>) -> Write {
+        let entry = Entry {
+            version,
+            value: self.value.clone(),
+            expires_at: self.expires_at,
+        };
+        let answered = |request: &Request| Answered {
+            request: request.clone(),
+            answer: answer_of(&entry),
+        };
         Write {
             key: self.key.clone(),
-            entry: Entry {
-                version,
-                value: self.value.clone(),
-                expires_at: self.expires_at,
-            },
             tags: self.tags.clone(),
+            requests: request.map(answered).into_iter().collect(),
+            entry,
         }
     }
 }
@@ -50,66 +66,159 @@ impl Gateway {
     /// Writes a key, or deletes it.
     ///
     /// # Errors
-    /// `Rejected` when the store refuses the record for good, `Overloaded` when the queue is full and the namespace rejects,
-    /// `Unavailable`, `Timeout`; each says whether the write may still take effect.
+    /// `Invalid` for a request id that was used for something else, `Conflict` and `Absent` when the condition does not hold, `Rejected` when
+    /// the store refuses the record for good, `DeadLettered` when it does so while that is awaited, `Overloaded` when the queue is full and the
+    /// namespace rejects, `Unavailable`, `Timeout`; each says whether the write may still take effect.
     pub async fn write(&self, request: WriteRequest, deadline: Instant) -> Result<Written, Error> {
-        let (started, key) = (Instant::now(), request.key.clone());
-        let written = self.write_as_asked(request, deadline).await;
-        let counters = &self.inner.counters.namespaces;
-        counters.write(key.namespace(), written.is_err(), started.elapsed());
+        let (started, key, await_persisted) = (Instant::now(), request.key.clone(), request.await_persisted);
+        let mut written = self.write_as_asked(request, deadline).await;
+        if let (true, Ok(accepted)) = (await_persisted, &written) {
+            written = self.persisted(&key, *accepted, deadline).await;
+        }
+        self.count_write(&key, &written, started);
         written
     }
 
-    async fn write_as_asked(&self, request: WriteRequest, deadline: Instant) -> Result<Written, Error> {
-        let settings = self.parts().namespaces.get(request.key.namespace());
-        let mode = request.mode.unwrap_or(settings.write_mode);
+    pub(super) fn count_write<T>(&self, key: &Key, written: &Result<T, Error>, started: Instant) {
+        let counters = &self.inner.counters.namespaces;
+        counters.write(key.namespace(), written.is_err(), started.elapsed());
+    }
+
+    async fn write_as_asked(&self, mut request: WriteRequest, deadline: Instant) -> Result<Written, Error> {
+        let parts = self.parts();
+        parts.clock.can_stamp().map_err(not_stamped)?;
+        let settings = parts.namespaces.get(request.key.namespace());
+        let mode = match request.condition {
+            Some(_) => WriteMode::Through,
+            None => request.mode.unwrap_or(settings.write_mode),
+        };
+        let id = request.request.take();
+        let print = match (&id, request.condition) {
+            (None, None) => None,
+            _ => Some(fingerprint_of_write(&request)),
+        };
+        let lead = match (id, print) {
+            (Some(id), Some(print)) => match self.turn(&request.key, id, print, deadline).await? {
+                Turned::Lead(lead) => Some(lead),
+                Turned::Answered(done) => return Ok(written(done)),
+            },
+            _ => None,
+        };
         let draft = Draft {
-            expires_at: request.ttl.map(|ttl| self.parts().clock.now().after(ttl)),
+            expires_at: request.ttl.map(|ttl| parts.clock.now().after(ttl)),
             key: request.key,
             value: request.value,
             tags: request.tags,
             deadline,
         };
-        self.parts().clock.can_stamp().map_err(not_stamped)?;
         if mode == WriteMode::Through {
-            return self.write_through(draft).await;
+            return self.write_through(draft, request.condition, print, lead).await;
         }
+        let lead = match lead {
+            Some(lead) => match self.answered_before(&draft, lead).await? {
+                Turned::Lead(lead) => Some(lead),
+                Turned::Answered(done) => return Ok(written(done)),
+            },
+            None => None,
+        };
         // Nothing has happened before this is granted: a caller that goes away while it waits has written nothing.
-        let (key, bytes) = (&draft.key, content_bytes(draft.value.as_ref(), &draft.tags));
-        let admission = (self.parts().queue).admit(key, bytes, settings.durability, settings.queue_full, deadline);
+        let id_bytes = lead.as_ref().map_or(0, |lead| lead.request().bytes());
+        let bytes = content_bytes(draft.value.as_ref(), &draft.tags) + id_bytes;
+        let admission = (parts.queue).admit(&draft.key, bytes, settings.durability, settings.queue_full, deadline);
         match admission.await? {
-            Admission::Granted(claim) => self.write_behind(draft, claim, settings.write_delay).await,
-            Admission::WriteThrough => self.write_through(draft).await,
+            Admission::Granted(claim) => self.write_behind(draft, claim, settings.write_delay, lead).await,
+            Admission::WriteThrough => self.write_through(draft, None, print, lead).await,
         }
     }
 
-    async fn write_through(&self, draft: Draft) -> Result<Written, Error> {
-        let (gateway, deadline) = (self.clone(), draft.deadline);
-        self.detached(deadline, async move { gateway.commit(draft).await })
-            .await
+    /// A write-behind write with an id that this process does not know, and an earlier one on this data directory may have answered: the store
+    /// has what that one drained.
+    async fn answered_before(&self, draft: &Draft, lead: Lead) -> Result<Turned, Error> {
+        let parts = self.parts();
+        parts.requests.has_room()?;
+        let now = parts.clock.now();
+        if !parts.requests.is_young(now) {
+            return Ok(Turned::Lead(lead));
+        }
+        let request = lead.request();
+        let (namespace, id) = (draft.key.namespace(), &request.id);
+        let known = parts.decisions.answer_of(namespace, id, draft.deadline).await?;
+        let Some(known) = known.filter(|known| now < known.request.ends_at) else {
+            return Ok(Turned::Lead(lead));
+        };
+        if known.request.fingerprint != request.fingerprint {
+            return Err(reused());
+        }
+        let done = Done {
+            answer: known.answer,
+            durability: Durability::Store,
+            deduplicated: true,
+        };
+        lead.end(&Ok(done));
+        Ok(Turned::Answered(done))
+    }
+
+    /// Through to the store: which decides where there is a condition, or a request that is to be done once.
+    async fn write_through(
+        &self,
+        draft: Draft,
+        condition: Option<Condition>,
+        print: Option<Fingerprint>,
+        lead: Option<Lead>,
+    ) -> Result<Written, Error> {
+        let Some(print) = print else {
+            let (gateway, deadline) = (self.clone(), draft.deadline);
+            return self
+                .detached(deadline, async move { gateway.commit(draft).await })
+                .await;
+        };
+        let request = match &lead {
+            Some(lead) => lead.request().clone(),
+            None => Requests::made_up(print, self.parts().clock.now()),
+        };
+        let undecided = Undecided {
+            key: draft.key,
+            condition,
+            change: match draft.value {
+                Some(value) => Change::Put {
+                    value,
+                    tags: draft.tags,
+                    expires_at: draft.expires_at,
+                },
+                None => Change::Delete,
+            },
+            request,
+            deadline: draft.deadline,
+        };
+        self.decide_as(undecided, lead).await.map(written)
     }
 
     /// Stamp, commit, and stamp anew while something newer stands: then tell the tiers above the store.
     async fn commit(&self, draft: Draft) -> Result<Written, Error> {
-        let parts = self.parts();
         // Before the stamp: what lands from now on may be newer, even if it is gone when this lands.
-        let token = parts.memory.leave_token(&draft.key);
+        let token = self.parts().memory.leave_token(&draft.key);
         let entered = self.enter_shared(&draft.key).await;
         let standing = entered.and_then(|entered| entered.standing);
         let committed = self.commit_above(&draft, standing).await;
         let write = match committed {
             Ok(write) => write,
             Err((error, tried)) => {
-                if let Some(entered) = entered {
-                    self.release(&draft.key, entered.token).await;
-                }
-                if let Some(version) = tried.filter(|_| error.outcome() == Outcome::Unknown) {
-                    // If the store has it, what is older must not go on answering.
-                    self.remember(&draft.key, version);
-                }
+                self.not_committed(&draft.key, entered, &error, tried).await;
                 return Err(error);
             }
         };
+        let version = write.entry.version;
+        self.land_through(write, token, entered).await;
+        Ok(Written {
+            version,
+            durability: Durability::Store,
+            deduplicated: false,
+        })
+    }
+
+    /// Tells the tiers above the store of a write that it has.
+    pub(super) async fn land_through(&self, write: Write, token: Token, entered: Option<Entered>) {
+        let parts = self.parts();
         parts.queue.overtake(&write.key, write.entry.version);
         let copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         let hold = entered.map_or(Hold::Nothing, |entered| Hold::Token(entered.token));
@@ -118,10 +227,22 @@ impl Gateway {
         }
         parts.flights.detach(&write.key);
         token.land_write(copy);
-        Ok(Written {
-            version: write.entry.version,
-            durability: Durability::Store,
-        })
+    }
+
+    /// Nobody is to wait for a write that failed; and if the store may have it, what is older must not go on answering.
+    pub(super) async fn not_committed(
+        &self,
+        key: &Key,
+        entered: Option<Entered>,
+        error: &Error,
+        tried: Option<Version>,
+    ) {
+        if let Some(entered) = entered {
+            self.release(key, entered.token).await;
+        }
+        if let Some(version) = tried.filter(|_| error.outcome() == Outcome::Unknown) {
+            self.remember(key, version);
+        }
     }
 
     /// Commits above everything that is known to stand, or turns out to. What was committed; or why nothing was, and the version that was
@@ -135,7 +256,7 @@ impl Gateway {
         loop {
             let version = self.stamp(&draft.key, standing).map_err(|error| (error, tried))?;
             tried = Some(version);
-            let write = draft.stamped(version);
+            let write = draft.stamped(version, None);
             #[cfg(feature = "planted-faults")]
             super::planted::publish(self, &write).await;
             let committed = self.parts().commits.commit(write.clone(), draft.deadline).await;
@@ -146,19 +267,38 @@ impl Gateway {
         }
     }
 
-    async fn write_behind(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
+    async fn write_behind(
+        &self,
+        draft: Draft,
+        claim: Claim,
+        write_delay: Duration,
+        lead: Option<Lead>,
+    ) -> Result<Written, Error> {
         let (gateway, deadline) = (self.clone(), draft.deadline);
-        self.detached(deadline, async move { gateway.accept(draft, claim, write_delay).await })
-            .await
+        self.detached(deadline, async move {
+            let request = lead.as_ref().map(|lead| lead.request().clone());
+            let outcome = gateway.accept(draft, claim, write_delay, request).await;
+            if let Some(lead) = lead {
+                lead.end(&outcome);
+            }
+            outcome.map(written)
+        })
+        .await
     }
 
     /// Stamp, append, publish, and stamp and append anew while another replica's newer write stands in Redis, or when it came there too late
     /// to be sure that none had: then it is pending, and so accepted. No reader can see it before it is as durable as it is to be.
-    async fn accept(&self, draft: Draft, claim: Claim, write_delay: Duration) -> Result<Written, Error> {
+    async fn accept(
+        &self,
+        draft: Draft,
+        claim: Claim,
+        write_delay: Duration,
+        request: Option<Request>,
+    ) -> Result<Done, Error> {
         let (parts, lane) = (self.parts(), &self.inner.lane);
         let token = parts.memory.leave_token(&draft.key);
         let mut passage = parts.queue.enter(&draft.key);
-        let mut write = draft.stamped(self.stamp(&draft.key, None)?);
+        let mut write = draft.stamped(self.stamp(&draft.key, None)?, request.as_ref());
         let mut held = parts.queue.append(lane, claim, &write, draft.deadline).await?;
         kill_point!(WriteAppended);
         // Once it is in the journal, a restart may bring it back.
@@ -188,8 +328,8 @@ impl Gateway {
                     break;
                 }
             };
-            write.entry.version = match self.stamp_in_time(&draft, standing) {
-                Ok(version) => version,
+            write = match self.stamp_in_time(&draft, standing) {
+                Ok(version) => draft.stamped(version, request.as_ref()),
                 Err(error) => {
                     held.release();
                     return Err(given_up(error));
@@ -205,7 +345,8 @@ impl Gateway {
         } else {
             Durability::Memory
         };
-        let (key, version) = (write.key.clone(), write.entry.version);
+        let (key, answer) = (write.key.clone(), answer_of(&write.entry));
+        let version = answer.version;
         // Under an epoch that may be over it may have been published where nobody looks.
         let known = under == parts.sharing.epochs.adopted() && parts.sharing.is_known(parts.clock.now());
         if self.inner.redis.is_some() && !(stands && known) {
@@ -223,11 +364,15 @@ impl Gateway {
             self.withdraw(&key, version).await;
         }
         kill_point!(WritePending);
-        Ok(Written { version, durability })
+        Ok(Done {
+            answer,
+            durability,
+            deduplicated: false,
+        })
     }
 
     /// A version above everything known to stand on the key.
-    fn stamp(&self, key: &Key, standing: Option<Version>) -> Result<Version, Error> {
+    pub(super) fn stamp(&self, key: &Key, standing: Option<Version>) -> Result<Version, Error> {
         let parts = self.parts();
         let pending = parts.queue.pending(key).map(|pending| pending.entry.version);
         let known = standing.max(pending).max(parts.memory.version(key));
@@ -244,11 +389,11 @@ impl Gateway {
     }
 
     /// Runs an admitted write in a task of its own: a client that hangs up cancels its wait, not the write.
-    async fn detached(
+    pub(super) async fn detached<T: Send + 'static>(
         &self,
         deadline: Instant,
-        write: impl Future<Output = Result<Written, Error>> + Send + 'static,
-    ) -> Result<Written, Error> {
+        write: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
         let write = self.inner.tasks.spawn(write);
         match timeout_at(deadline + LAST_WORD_WAIT, write).await {
             Ok(ended) => ended.map_err(|error| died(error).unknown())?,
@@ -260,6 +405,23 @@ impl Gateway {
     }
 }
 
-fn not_stamped(why: NoStamp) -> Error {
+/// What a write that became this entry is answered with.
+fn answer_of(entry: &Entry) -> Answer {
+    Answer {
+        version: entry.version,
+        counter: None,
+        expires_at: entry.expires_at,
+    }
+}
+
+fn written(done: Done) -> Written {
+    Written {
+        version: done.answer.version,
+        durability: done.durability,
+        deduplicated: done.deduplicated,
+    }
+}
+
+pub(super) fn not_stamped(why: NoStamp) -> Error {
     Error::new(ErrorKind::Unavailable, why.to_string())
 }

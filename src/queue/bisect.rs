@@ -155,6 +155,7 @@ mod tests {
                 expires_at: None,
             },
             tags: Tags::default(),
+            requests: Vec::new(),
         };
         (0..count).map(row).collect()
     }

@@ -1,6 +1,7 @@
 //! The drain workers: the only ones that take batches from the queue and commit them.
 //!
-//! Owns when a worker acts, how it tries again, and what becomes of a row that the store refuses. Does not own the order of draining
+//! Owns when a worker acts, how it tries again, and what becomes of a row that the store refuses; also that request ids which no batch takes
+//! along are brought to the store. Does not own the order of draining
 //! (the pending table), the halving of rejected batches (`bisect`) nor what an error means (the store). A batch starts whenever
 //! none is in flight and something is due: there is no linger timer, so batches grow exactly as the store is slow. Invariants: a
 //! worker has one batch in flight; a write leaves the table only once the store holds it, or something newer, or its dead letter;
@@ -8,7 +9,7 @@
 
 use std::{
     collections::VecDeque,
-    future,
+    future, mem,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -20,13 +21,13 @@ use tokio::{
 };
 
 use super::{
-    Config, DropReason, Dropped, Held, Notice, Shard, Shared,
+    Config, DropReason, Dropped, Notice, Shard, Shared,
     bisect::Bisection,
-    pending::{Pending, Settled},
+    pending::{Settled, entries_of},
 };
 use crate::{
     backoff::Backoff,
-    model::Write,
+    model::{Answered, KeyedAnswer, Write},
     store::{Committed, DeadLetter, Session, StoreError, StoreErrorKind},
     telemetry::{CommitLabels, CommitPath, StoreMetrics},
 };
@@ -51,6 +52,10 @@ pub(super) struct Worker {
     /// Rows to be buried. They stay in flight until they are, so that nobody takes them; the others pass them by.
     condemned: VecDeque<DeadLetter>,
     burials: Retry,
+    /// Of request ids by themselves.
+    remembrances: Retry,
+    /// Whether the last thing done was to bring such ids to the store: a batch is next then, if there is one.
+    has_remembered: bool,
     metrics: Metrics,
 }
 
@@ -69,6 +74,8 @@ enum Event {
     Drain(Bisection),
     /// Bury this.
     Bury(DeadLetter),
+    /// Bring these to the store.
+    Remember(Vec<KeyedAnswer>),
 }
 
 impl Worker {
@@ -94,6 +101,8 @@ impl Worker {
             unfinished: None,
             condemned: VecDeque::new(),
             burials: Retry::new(config),
+            remembrances: Retry::new(config),
+            has_remembered: false,
             metrics: Metrics {
                 commit_duration: metrics.commit_duration.get_or_create_owned(&labels),
                 commit_batch: metrics.commit_batch.get_or_create_owned(&labels),
@@ -110,6 +119,7 @@ impl Worker {
             match self.select().await {
                 Event::Drain(batch) => self.drain(batch).await,
                 Event::Bury(letter) => self.bury(letter).await,
+                Event::Remember(answers) => self.remember(answers).await,
             }
         }
     }
@@ -144,38 +154,68 @@ impl Worker {
             }
             wake_at = self.burials.ends_at(closed);
         }
+        // In turns, so that neither waits for the end of the other.
+        if !mem::take(&mut self.has_remembered)
+            && let Some(answers) = self.take_loose(now, closed)
+        {
+            return Ok(Event::Remember(answers));
+        }
         let next_try = if self.commits.is_over(now, closed) {
             if let Some(batch) = self.unfinished.take() {
                 return Ok(Event::Drain(batch));
             }
             let batch = self.take();
             if !batch.is_empty() {
-                return Ok(Event::Drain(Bisection::new(sorted(batch))));
+                return Ok(Event::Drain(Bisection::new(batch)));
             }
             let due = self.shard().pending.lock().next_due();
             due.map(|due| now + due.since(self.shared.clock.now()))
         } else {
             self.commits.ends_at(closed)
         };
-        Err(wake_at.into_iter().chain(next_try).min())
+        if let Some(answers) = self.take_loose(now, closed) {
+            return Ok(Event::Remember(answers));
+        }
+        let is_owed = self.shard().pending.lock().loose() > 0;
+        let next_remembrance = self.remembrances.ends_at(closed).filter(|_| is_owed);
+        Err(wake_at.into_iter().chain(next_try).chain(next_remembrance).min())
+    }
+
+    /// Request ids that no batch takes along, if there are any and their time has come.
+    fn take_loose(&self, now: Instant, closed: bool) -> Option<Vec<KeyedAnswer>> {
+        if !self.remembrances.is_over(now, closed) {
+            return None;
+        }
+        let answers = self
+            .shard()
+            .pending
+            .lock()
+            .take_loose(self.batch_writes_max.min(LOCKED_MAX));
+        Some(answers).filter(|answers| !answers.is_empty())
     }
 
     fn take(&self) -> Vec<Write> {
         let mut batch: Vec<Write> = Vec::new();
-        let mut bytes = 0;
-        while batch.len() < self.batch_writes_max && bytes < self.batch_bytes_max {
-            let (writes_max, bytes_max) = (self.batch_writes_max - batch.len(), self.batch_bytes_max - bytes);
+        let (mut entries, mut bytes) = (0, 0);
+        while entries < self.batch_writes_max && bytes < self.batch_bytes_max {
+            let (entries_max, bytes_max) = (self.batch_writes_max - entries, self.batch_bytes_max - bytes);
             let hurried = self.shared.is_hurried();
             let taken = self.shared.change(self.shard(), |pending| {
                 // Under the lock, so that nothing accepted before is due after.
                 let now = self.shared.clock.now();
-                pending.take(now, writes_max.min(LOCKED_MAX), bytes_max, hurried)
+                pending.take(now, entries_max.min(LOCKED_MAX), bytes_max, hurried)
             });
             if taken.is_empty() {
                 break;
             }
+            entries += taken.iter().map(entries_of).sum::<usize>();
             bytes += taken.iter().map(Write::weight).sum::<usize>();
             batch.extend(taken);
+        }
+        let (batch, outdated) = sorted(batch);
+        if !outdated.is_empty() {
+            // For the ids that were to go with them.
+            self.release(outdated.iter());
         }
         batch
     }
@@ -249,11 +289,54 @@ impl Worker {
         super::planted::checkpoint(self.shard(), writes);
         kill_point!(DrainBeforeCommit);
         let started = Instant::now();
-        let result = self.session.commit(writes).await;
+        let ids: usize = writes.iter().map(|write| write.requests.len()).sum();
+        let result = if ids <= self.batch_writes_max {
+            self.session.commit(writes).await
+        } else {
+            self.commit_in_pieces(writes).await
+        };
         kill_point!(DrainCommitted);
         self.metrics.commit_duration.observe(started.elapsed().as_secs_f64());
         self.metrics.commit_batch.observe(writes.len() as f64);
         result
+    }
+
+    /// Commits writes that have more ids than a transaction should: first the ids, piece by piece, then the writes. A write that is in the store
+    /// has its ids there, so whoever sends it again after a crash is known.
+    async fn commit_in_pieces(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
+        let mut ids = writes.iter().flat_map(answers_of);
+        loop {
+            let piece: Vec<KeyedAnswer> = ids.by_ref().take(self.batch_writes_max).collect();
+            if piece.is_empty() {
+                break;
+            }
+            self.session.remember(&piece).await.map_err(not_a_row)?;
+        }
+        let bare = |write: &Write| Write {
+            requests: Vec::new(),
+            ..write.clone()
+        };
+        let bare: Vec<Write> = writes.iter().map(bare).collect();
+        self.session.commit(&bare).await
+    }
+
+    /// Brings request ids to the store that no write takes along, and lets go of what they hold; or puts them back.
+    async fn remember(&mut self, answers: Vec<KeyedAnswer>) {
+        self.has_remembered = true;
+        match self.session.remember(&answers).await {
+            Ok(()) => {
+                self.remembrances.succeeded();
+                let shared = &self.shared;
+                shared.leave(self.shard(), |pending, left| pending.remembered(&answers, left));
+            }
+            Err(error) => {
+                if !self.remembrances.is_failing() {
+                    tracing::warn!(%error, "the store does not take request ids; they are kept and tried again");
+                }
+                self.remembrances.failed(Instant::now());
+                self.shard().pending.lock().not_remembered(&answers);
+            }
+        }
     }
 
     /// Lets go of committed writes, and then tells which of them the store did not need: what is told while it is still pending
@@ -263,30 +346,25 @@ impl Worker {
         debug_assert_eq!(writes.len(), committed.len());
         let (mut late, mut notices, mut unpublished) = (Vec::new(), Vec::new(), Vec::new());
         for (writes, committed) in writes.chunks(LOCKED_MAX).zip(committed.chunks(LOCKED_MAX)) {
-            let mut left: Vec<Option<Held>> = Vec::with_capacity(writes.len());
-            self.shared.change(self.shard(), |pending| {
+            self.shared.leave(self.shard(), |pending, left| {
                 for (write, committed) in writes.iter().zip(committed) {
                     let (key, version) = (&write.key, write.entry.version);
                     match *committed {
                         Committed::Applied => {
                             let is_unpublished = pending.is_unpublished(key, version);
-                            match pending.settle(key, version) {
+                            match pending.settle(key, version, left) {
                                 Settled::ToPublish => notices.push(Notice::Confirmed(write.clone())),
-                                Settled::Left(held) => {
-                                    left.push(held);
-                                    if is_unpublished {
-                                        unpublished.push((key.clone(), version));
-                                    }
-                                }
+                                Settled::Left if is_unpublished => unpublished.push((key.clone(), version)),
+                                Settled::Left => {}
                             }
                         }
                         Committed::Superseded { standing } => {
-                            left.push(pending.lose(key, version));
+                            pending.lose(key, version, standing, left);
                             notices.push(dropped(write, DropReason::Superseded { standing }));
                         }
                         // What a delete asks for is so already.
                         Committed::BelowHorizon { .. } if write.entry.value.is_none() => {
-                            left.push(pending.lose(key, version));
+                            pending.lose(key, version, version, left);
                         }
                         Committed::BelowHorizon { horizon } => {
                             late.push(DeadLetter::below_horizon(write.clone(), horizon));
@@ -295,8 +373,6 @@ impl Worker {
                     }
                 }
             });
-            // Now that the lock is not held any more.
-            left.into_iter().flatten().for_each(Held::release);
         }
         self.condemn(late);
         if !unpublished.is_empty() {
@@ -337,10 +413,11 @@ impl Worker {
             Ok(()) => {
                 self.burials.succeeded();
                 self.metrics.dead_letters.inc();
+                // Before anybody is told who waits for it.
+                self.shared.dead_lettered.fetch_add(1, Ordering::Relaxed);
                 let Write { key, entry, .. } = &letter.write;
-                let end = |pending: &mut Pending<Held>| pending.end(key, entry.version);
-                let left = self.shared.change(self.shard(), end);
-                left.into_iter().for_each(Held::release);
+                let shared = &self.shared;
+                shared.leave(self.shard(), |pending, left| pending.bury(key, entry.version, left));
                 self.tell(dropped(&letter.write, DropReason::DeadLettered)).await;
             }
             Err(error) => {
@@ -431,11 +508,38 @@ fn swallowed() -> StoreError {
 }
 
 /// Writes as a commit wants them: sorted, no key twice. A key comes twice when its write is overtaken and followed by a newer one
-/// between two holds of the shard's lock; the older one has left the table by then.
-fn sorted(mut batch: Vec<Write>) -> Vec<Write> {
+/// between two holds of the shard's lock; the older one, which comes second here, has left the table by then.
+fn sorted(mut batch: Vec<Write>) -> (Vec<Write>, Vec<Write>) {
     batch.sort_unstable_by(|a, b| a.key.cmp(&b.key).then(b.entry.version.cmp(&a.entry.version)));
-    batch.dedup_by(|later, kept| later.key == kept.key);
-    batch
+    let mut outdated = Vec::new();
+    batch.dedup_by(|later, kept| {
+        let is_outdated = later.key == kept.key;
+        if is_outdated {
+            outdated.push(later.clone());
+        }
+        is_outdated
+    });
+    (batch, outdated)
+}
+
+/// The ids of a write, each with its key.
+fn answers_of(write: &Write) -> impl Iterator<Item = KeyedAnswer> {
+    let keyed = |answered: &Answered| KeyedAnswer {
+        key: write.key.clone(),
+        answered: answered.clone(),
+    };
+    write.requests.iter().map(keyed)
+}
+
+/// What refuses an id refuses every id: no row of the batch is to blame.
+fn not_a_row(error: StoreError) -> StoreError {
+    match error.kind {
+        StoreErrorKind::Rejected => StoreError {
+            kind: StoreErrorKind::Transient,
+            ..error
+        },
+        _ => error,
+    }
 }
 
 async fn at(instant: Option<Instant>) {
@@ -460,9 +564,11 @@ mod tests {
                 expires_at: None,
             },
             tags: Tags::default(),
+            requests: Vec::new(),
         };
-        let batch = sorted(vec![write("b", 1), write("c", 5), write("a", 9), write("b", 4)]);
+        let (batch, outdated) = sorted(vec![write("b", 1), write("c", 5), write("a", 9), write("b", 4)]);
         assert_eq!(batch, [write("a", 9), write("b", 4), write("c", 5)]);
+        assert_eq!(outdated, [write("b", 1)]);
     }
 
     #[test]

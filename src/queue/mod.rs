@@ -4,9 +4,10 @@
 //! batch in flight per worker (`drain`), so that much beyond the bytes bound is in memory at most. Then the way of a write:
 //! [`Queue::admit`] claims room and may wait; [`Queue::append`] makes it durable; [`Queue::accept`] makes it visible and cannot fail.
 //! A worker commits it and forgets it, and its record in the journal is released. What an earlier process had accepted is pending from the
-//! start. Owns all of that; does not own stamping, caches or what a caller is told (the gateway), nor the meaning of a store's errors
+//! start. Whoever must know when a write has left waits for it (`persisted`). Owns all of that; does not own stamping, caches or what a caller is told (the gateway), nor the meaning of a store's errors
 //! (the store). Invariants: an accepted write leaves only when the store holds it or something newer, or when it is a dead letter; until
-//! then its record is held, or that of a newer one of its key; the higher version always stands.
+//! then its record is held, or that of a newer one of its key; the higher version always stands; a write with a request id leaves only when
+//! the store has the id, too, and until then its own record is held.
 //!
 //! Nothing points up: what the caches must hear of comes out of a channel, as [`Notice`].
 
@@ -17,6 +18,7 @@ mod config;
 mod drain;
 pub mod journal;
 mod pending;
+mod persisted;
 #[cfg(feature = "planted-faults")]
 mod planted;
 #[cfg(test)]
@@ -25,7 +27,7 @@ mod tests;
 pub use self::{
     admission::{Admission, Claim, Held},
     config::Config,
-    pending::PendingEntry,
+    pending::{Fate, PendingEntry},
 };
 
 use std::{
@@ -33,7 +35,7 @@ use std::{
     hash::BuildHasher,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -108,7 +110,7 @@ pub enum DropReason {
 /// How full the queue is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QueueStats {
-    /// Pending writes.
+    /// Pending writes, with those that a newer one of their key stands for, but whose request id the store does not have.
     pub entries: usize,
     /// The bytes that they are charged.
     pub bytes: usize,
@@ -135,7 +137,7 @@ pub struct Parts {
     pub clock: Arc<Clock>,
     /// What accepted writes rest on.
     pub journal: Journal,
-    /// What an earlier process had accepted.
+    /// What an earlier process had accepted: of each key the newest, and older ones with a request id.
     pub recovered: Vec<(Write, Record)>,
     /// What is counted.
     pub metrics: QueueMetrics,
@@ -158,6 +160,8 @@ pub struct Started {
 pub struct Passage {
     shared: Arc<Shared>,
     key: Key,
+    /// Its place among all passages of the key's shard.
+    number: u64,
     published: bool,
 }
 
@@ -170,7 +174,8 @@ impl Passage {
 
 impl Drop for Passage {
     fn drop(&mut self) {
-        self.shared.shard(&self.key).pending.lock().leave(&self.key);
+        let mut pending = self.shared.shard(&self.key).pending.lock();
+        pending.leave(&self.key, self.number);
     }
 }
 
@@ -193,6 +198,10 @@ struct Shared {
     closing: CancellationToken,
     /// How many workers have the store refuse or not answer.
     failing: AtomicUsize,
+    /// How many writes have gone to the dead letters.
+    dead_lettered: AtomicU64,
+    /// How many wait for everything to leave.
+    emptying: AtomicUsize,
     retry_backoff_max: Duration,
 }
 
@@ -220,6 +229,8 @@ impl Queue {
             metrics: parts.metrics,
             closing: CancellationToken::new(),
             failing: AtomicUsize::new(0),
+            dead_lettered: AtomicU64::new(0),
+            emptying: AtomicUsize::new(0),
             retry_backoff_max: config.retry_backoff_max,
         });
         for (write, record) in parts.recovered {
@@ -253,8 +264,8 @@ impl Queue {
         self.shared.journal.lane()
     }
 
-    /// Claims room for a write of a key with so many [`content_bytes`](crate::model::content_bytes): in the queue, and in the journal if it is to rest on that. Where there is none, does as `full` says.
-    /// Cancel-safe: who stops waiting has claimed nothing.
+    /// Claims room for a write of a key with so many [`Write::content_bytes`]: in the queue, and in the journal if it is to rest on that. Where
+    /// there is none, does as `full` says. Cancel-safe: who stops waiting has claimed nothing.
     ///
     /// A write that is to rest on memory rests on the journal where one that does is pending: a crash must not uncover that one.
     ///
@@ -365,10 +376,11 @@ impl Queue {
     /// A passage for a write of `key`, which must be had before the write is stamped: from now on a version that the store comes to
     /// hold keeps older ones out of the queue, so that a write that is slow on its way cannot be shown after a newer one has left.
     pub fn enter(&self, key: &Key) -> Passage {
-        self.shared.shard(key).pending.lock().enter(key);
+        let number = self.shared.shard(key).pending.lock().enter(key);
         Passage {
             shared: Arc::clone(&self.shared),
             key: key.clone(),
+            number,
             published: true,
         }
     }
@@ -395,12 +407,12 @@ impl Queue {
         match offered {
             Offered::Added => true,
             Offered::Coalesced(older) => {
-                older.release();
+                older.into_iter().for_each(Held::release);
                 shared.metrics.coalesced.inc();
                 true
             }
             Offered::Refused(offered) => {
-                offered.release();
+                offered.into_iter().for_each(Held::release);
                 false
             }
         }
@@ -455,21 +467,19 @@ impl Queue {
 
     fn is_journaled(&self, key: &Key) -> bool {
         let pending = self.shared.shard(key).pending.lock();
-        pending.payload(key).is_some_and(Held::is_journaled)
+        pending.payloads_of(key).any(Held::is_journaled)
     }
 
     /// Tells that a write of [`Notice::Confirmed`] is published: it leaves.
     pub fn published(&self, key: &Key, version: Version) {
         let shared = &self.shared;
-        let left = shared.change(shared.shard(key), |pending| pending.end(key, version));
-        left.into_iter().for_each(Held::release);
+        shared.leave(shared.shard(key), |pending, left| pending.published(key, version, left));
     }
 
     /// Tells that the store holds `version` of a key, or something newer: a pending write at or below it has nothing left to do.
     pub fn overtake(&self, key: &Key, version: Version) {
         let shared = &self.shared;
-        let left = shared.change(shared.shard(key), |pending| pending.overtake(key, version));
-        left.into_iter().for_each(Held::release);
+        shared.leave(shared.shard(key), |pending, left| pending.overtake(key, version, left));
     }
 
     /// How full the queue is.
@@ -549,28 +559,45 @@ impl Queue {
 
 impl Shared {
     fn shard(&self, key: &Key) -> &Shard {
-        // Below the number of shards, so it fits.
-        let index = self.hasher.hash_one(key) % self.shards.len() as u64;
-        &self.shards[index as usize]
+        &self.shards[self.index(key)]
     }
 
-    /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was.
+    /// The number of a key's shard.
+    fn index(&self, key: &Key) -> usize {
+        // Below the number of shards, so it fits.
+        (self.hasher.hash_one(key) % self.shards.len() as u64) as usize
+    }
+
+    /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was, or there are more ids to remember.
     fn change<R>(&self, shard: &Shard, change: impl FnOnce(&mut Pending<Held>) -> R) -> R {
+        let look = |pending: &Pending<Held>| (pending.next_due(), pending.loose());
         let (before, result, after) = {
             let mut pending = shard.pending.lock();
-            let before = pending.next_due();
+            let before = look(&pending);
             let result = change(&mut pending);
-            (before, result, pending.next_due())
+            (before, result, look(&pending))
         };
-        if after.is_some_and(|due| before.is_none_or(|before| due < before)) {
+        let is_sooner = (after.0).is_some_and(|due| before.0.is_none_or(|before| due < before));
+        if is_sooner || after.1 > before.1 {
             shard.changed.notify_one();
         }
         result
     }
 
+    /// The same where writes may leave: what they held is released once the lock is free.
+    fn leave<R>(&self, shard: &Shard, change: impl FnOnce(&mut Pending<Held>, &mut Vec<Held>) -> R) -> R {
+        let mut left = Vec::new();
+        let result = self.change(shard, |pending| change(pending, &mut left));
+        left.into_iter().for_each(Held::release);
+        result
+    }
+
     /// Whether delays are ignored.
     fn is_hurried(&self) -> bool {
-        self.budget.is_closed() || self.budget.is_pressed() || self.journal.is_pressed()
+        self.budget.is_closed()
+            || self.budget.is_pressed()
+            || self.journal.is_pressed()
+            || self.emptying.load(Ordering::Relaxed) > 0
     }
 
     /// Takes in what an earlier process had accepted.
@@ -580,8 +607,11 @@ impl Shared {
             record: Some((write.entry.version, record)),
         };
         let now = self.clock.now();
-        // The journal gives one write of each key, so nothing is refused.
-        let _ = self.change(self.shard(&write.key), |pending| pending.restore(write, held, now));
+        // The journal gives the newest write of each key, and of the others those with an id.
+        match self.change(self.shard(&write.key), |pending| pending.restore(write, held, now)) {
+            Offered::Added => {}
+            Offered::Coalesced(payload) | Offered::Refused(payload) => payload.into_iter().for_each(Held::release),
+        }
     }
 
     fn wake_all(&self) {

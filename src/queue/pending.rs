@@ -4,22 +4,38 @@
 //! drain's), no counting against bounds (the budget's) and no disk (the journal's): what a write holds of either rides along as a
 //! [`Payload`] and is handed back when its write leaves, so that it is freed outside of the shard's lock. Invariants: a key has one slot
 //! and the slot only moves forward; at most one version of a key is in flight; a slot's place in the order is the one of its
-//! oldest write that has not left, so a hot key is neither starved nor younger than it looks.
+//! oldest write that has not left, so a hot key is neither starved nor younger than it looks; a write with a request id holds its
+//! payload until the store has the id, whatever became of its slot (`owed`).
+//!
+//! In reading order: this file, `slot` (one key), `owed` (request ids), `passing` (who is on the way), `watch` (who waits), `range` and `shares`
+//! (what is told of all of them).
 
+mod owed;
+mod passing;
+mod range;
 mod shares;
+mod slot;
+mod watch;
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map},
-    mem,
+    collections::{BTreeMap, HashMap},
     time::Duration,
 };
 
 use foldhash::fast::RandomState;
 
-pub(super) use self::shares::Share;
+pub use self::watch::Fate;
+pub(super) use self::{shares::Share, watch::Watch};
 
-use self::shares::Shares;
-use crate::model::{Entry, Key, Tags, Timestamp, Version, Write};
+use self::{
+    owed::{Loose, Owed, Tried},
+    passing::Passages,
+    range::Ordered,
+    shares::Shares,
+    slot::{Course, Newest, Place, Slot},
+    watch::{Below, Watchers},
+};
+use crate::model::{Entry, Key, KeyedAnswer, Timestamp, Version, Write};
 
 /// What a write holds for as long as it is pending.
 pub(super) trait Payload {
@@ -33,18 +49,19 @@ pub(super) trait Payload {
 pub(super) enum Offered<P> {
     /// Its key had nothing pending.
     Added,
-    /// It replaced an older write of its key, whose payload this is.
-    Coalesced(P),
-    /// A write at least as new stands here, or in the store by now; this is the payload of the one that was offered.
-    Refused(P),
+    /// It replaced an older write of its key, whose payload this is, unless its request id is owed.
+    Coalesced(Option<P>),
+    /// A write at least as new stands here, or in the store by now; this is the payload of the one that was offered, unless its request id
+    /// is owed.
+    Refused(Option<P>),
 }
 
 /// What becomes of a write that the store has taken.
 #[derive(Debug, PartialEq, Eq)]
-#[must_use = "holds a payload to be freed"]
-pub(super) enum Settled<P> {
-    /// It has left; its payload, if it was still here.
-    Left(Option<P>),
+#[must_use = "says who has it leave"]
+pub(super) enum Settled {
+    /// It has left.
+    Left,
     /// It was recovered, and stays in flight until it is published: only then may readers be sent to the caches.
     ToPublish,
 }
@@ -58,69 +75,32 @@ pub struct PendingEntry {
     pub unconfirmed: bool,
 }
 
-/// Where a slot stands in the order of draining.
-#[derive(Debug, Clone, Copy)]
-struct Place {
-    /// When the oldest write that it stands for was accepted.
-    admitted: Timestamp,
-    /// From when on it may be drained without pressure.
-    due: Timestamp,
-    /// Tells places of the same millisecond apart, first come first.
-    number: u64,
-}
-
-/// Whether a batch has taken a slot's write.
-#[derive(Debug)]
-enum Course {
-    /// No batch has: the slot is in the order, and all that was accepted since is coalesced into its entry.
-    Waiting(Place),
-    /// A batch has `version`; `place` is its place, to which it returns when the try fails. `next` is the place of the oldest
-    /// write accepted since, there exactly when the slot's entry is newer than `version`.
-    InFlight {
-        version: Version,
-        place: Place,
-        next: Option<Place>,
-    },
-}
-
-#[derive(Debug)]
-struct Slot<P> {
-    entry: Entry,
-    tags: Tags,
-    /// [`Write::weight`] of the entry under its key.
-    weight: usize,
-    payload: P,
-    /// See [`PendingEntry`].
-    unconfirmed: bool,
-    /// In which generation of the shared caches this entry got there, if it did.
-    published: Option<u64>,
-    course: Course,
-}
-
 /// The pending writes of one shard.
 #[derive(Debug)]
 pub(super) struct Pending<P> {
     slots: HashMap<Key, Slot<P>, RandomState>,
     /// The keys of every waiting slot, by due time and number.
     order: BTreeMap<(Timestamp, u64), Key>,
+    /// The keys of every slot, in order.
+    ordered: Ordered,
+    /// The request ids whose key has no slot to go with.
+    loose: Loose<P>,
     /// What each namespace has here, in flight or not: what the age of the oldest is read from.
     shares: Shares,
-    /// The weight of every slot's write.
+    /// How many writes hold a payload: one for each slot, and one for each id that is owed.
+    entries: usize,
+    /// Their weight.
     bytes: usize,
     /// How often the shared caches have lost everything, or may have.
     generation: u64,
     /// Places given out so far.
     places: u64,
-    /// The keys of writes that are stamped and not yet offered.
-    passing: HashMap<Key, Passing, RandomState>,
-}
-
-/// Writes of a key that are on their way here: what is known to have left meanwhile, they must not follow into the empty slot.
-#[derive(Debug, Default)]
-struct Passing {
-    writes: usize,
-    /// The highest version that the store is known to hold since the first of them came.
-    stored: Option<Version>,
+    /// How many slots have a place for what came while they are in flight.
+    nexts: usize,
+    /// Writes that are stamped and not yet offered.
+    passages: Passages,
+    /// Who waits for writes to leave.
+    watchers: Watchers,
 }
 
 impl<P: Payload> Pending<P> {
@@ -129,34 +109,28 @@ impl<P: Payload> Pending<P> {
         Pending {
             slots: HashMap::default(),
             order: BTreeMap::new(),
+            ordered: Ordered::default(),
+            loose: Loose::new(),
             shares: Shares::default(),
+            entries: 0,
             bytes: 0,
             generation: 0,
             places: 0,
-            passing: HashMap::default(),
+            nexts: 0,
+            passages: Passages::default(),
+            watchers: Watchers::default(),
         }
     }
 
-    /// A write of a key is about to be stamped. Until it leaves, what the store holds of the key is remembered.
-    pub(super) fn enter(&mut self, key: &Key) {
-        self.passing.entry(key.clone()).or_default().writes += 1;
+    /// A write of a key is about to be stamped. Until it leaves, by the number that it gets, what the store holds of the key is remembered.
+    pub(super) fn enter(&mut self, key: &Key) -> u64 {
+        self.passages.enter(key)
     }
 
     /// A write that entered has been offered, or given up.
-    pub(super) fn leave(&mut self, key: &Key) {
-        if let Some(passing) = self.passing.get_mut(key) {
-            passing.writes -= 1;
-            if passing.writes == 0 {
-                self.passing.remove(key);
-            }
-        }
-    }
-
-    /// The store holds `version` of a key, or something newer.
-    fn stored(&mut self, key: &Key, version: Version) {
-        if let Some(passing) = self.passing.get_mut(key) {
-            passing.stored = passing.stored.max(Some(version));
-        }
+    pub(super) fn leave(&mut self, key: &Key, number: u64) {
+        self.passages.leave(key, number);
+        self.tell_left(key);
     }
 
     /// Offers a write accepted at `now`, to be drained no sooner than `write_delay` after the oldest that it is coalesced with.
@@ -174,65 +148,93 @@ impl<P: Payload> Pending<P> {
     fn offer_as(
         &mut self,
         write: Write,
-        mut payload: P,
+        payload: P,
         now: Timestamp,
         write_delay: Duration,
         unconfirmed: bool,
     ) -> Offered<P> {
         let weight = write.weight();
-        let Write { key, entry, tags } = write;
-        let stored = self.passing.get(&key).and_then(|passing| passing.stored);
-        if stored.is_some_and(|stored| entry.version <= stored) {
-            return Offered::Refused(payload);
+        let Write {
+            key,
+            entry,
+            tags,
+            requests,
+        } = write;
+        let version = entry.version;
+        let offered = Newest {
+            entry,
+            tags,
+            request: requests.into_iter().next().map(|answered| Box::new(answered.request)),
+            weight,
+            payload,
+            unconfirmed,
+            published: Some(self.generation),
+        };
+        if self.passages.stored(&key).is_some_and(|stored| version <= stored) {
+            return Offered::Refused(self.owe(&key, offered, now, Tried::No));
         }
-        match self.slots.entry(key) {
-            hash_map::Entry::Vacant(vacant) => {
-                let place = place(&mut self.places, now, write_delay);
-                self.shares.add(vacant.key(), weight, &place);
-                self.order.insert((place.due, place.number), vacant.key().clone());
-                self.bytes += weight;
-                vacant.insert(Slot {
-                    entry,
-                    tags,
-                    weight,
-                    payload,
-                    unconfirmed,
-                    published: Some(self.generation),
-                    course: Course::Waiting(place),
-                });
-                Offered::Added
-            }
-            hash_map::Entry::Occupied(mut occupied) => {
-                let key = occupied.key().clone();
-                let slot = occupied.get_mut();
-                if entry.version <= slot.entry.version {
-                    slot.payload.inherit(&mut payload);
-                    return Offered::Refused(payload);
-                }
-                self.bytes = self.bytes - slot.weight + weight;
-                self.shares.reweigh(&key, slot.weight, weight);
-                slot.entry = entry;
-                slot.tags = tags;
-                slot.weight = weight;
-                slot.unconfirmed = unconfirmed;
-                slot.published = Some(self.generation);
-                if let Course::InFlight { next, .. } = &mut slot.course
-                    && next.is_none()
-                {
-                    *next = Some(place(&mut self.places, now, write_delay));
-                }
-                payload.inherit(&mut slot.payload);
-                Offered::Coalesced(mem::replace(&mut slot.payload, payload))
-            }
+        // Nothing is delayed that somebody waits for.
+        let delay = if self.watchers.is_watched(&key) {
+            Duration::ZERO
+        } else {
+            write_delay
+        };
+        let fresh = self.place(now, delay, version);
+        let Some(slot) = self.slots.get_mut(&key) else {
+            self.count(&key, weight, &fresh);
+            self.ordered.add(&key);
+            self.order.insert((fresh.due, fresh.number), key.clone());
+            let slot = Slot {
+                newest: offered,
+                course: Course::Waiting(fresh),
+                owed: Vec::new(),
+            };
+            self.slots.insert(key, slot);
+            return Offered::Added;
+        };
+        if version <= slot.newest.entry.version {
+            slot.stand_for(version);
+            let payload = self.owe(&key, offered, now, Tried::No);
+            return Offered::Refused(self.bequeath(&key, payload));
         }
+        let (tried, admitted) = (slot.tried(), slot.place().admitted);
+        let (older, is_next) = slot.replace(offered, fresh);
+        self.nexts += usize::from(is_next);
+        self.bytes = self.bytes - older.weight + weight;
+        self.shares.reweigh(&key, older.weight, weight);
+        let payload = self.owe(&key, older, admitted, tried);
+        Offered::Coalesced(self.bequeath(&key, payload))
+    }
+
+    /// A write does not stand, or no longer: if it has an id that is owed from now on, and else this is its payload.
+    fn owe(&mut self, key: &Key, write: Newest<P>, admitted: Timestamp, tried: Tried) -> Option<P> {
+        let place = self.place(admitted, Duration::ZERO, write.entry.version);
+        let owed = match write.into_owed(place, tried) {
+            Ok(owed) => owed,
+            Err(payload) => return Some(payload),
+        };
+        self.count(key, owed.weight, &owed.place);
+        match self.slots.get_mut(key) {
+            Some(slot) => slot.owed.push(owed),
+            None => self.loose.add(key, vec![owed]),
+        }
+        None
+    }
+
+    /// Leaves to the write that stands what must outlive one that does not.
+    fn bequeath(&mut self, key: &Key, payload: Option<P>) -> Option<P> {
+        let (mut payload, slot) = (payload?, self.slots.get_mut(key));
+        slot.into_iter()
+            .for_each(|slot| slot.newest.payload.inherit(&mut payload));
+        Some(payload)
     }
 
     /// Takes what is due at `now` into flight, first due first; when `hurried`, also what is not due. Stops once it has
-    /// `entries_max` writes or `bytes_max` bytes, so it goes beyond `bytes_max` by less than its last write. No key twice.
+    /// `entries_max` writes and request ids or `bytes_max` bytes, so it goes beyond either by less than its last write has. No key twice.
     pub(super) fn take(&mut self, now: Timestamp, entries_max: usize, bytes_max: usize, hurried: bool) -> Vec<Write> {
         let mut taken = Vec::new();
-        let mut bytes = 0;
-        while taken.len() < entries_max && bytes < bytes_max {
+        let (mut entries, mut bytes) = (0, 0);
+        while entries < entries_max && bytes < bytes_max {
             let Some(first) = self.order.first_entry() else { break };
             if !hurried && first.key().0 > now {
                 break;
@@ -241,96 +243,153 @@ impl<P: Payload> Pending<P> {
             // Every key of the order has a waiting slot.
             let Some(slot) = self.slots.get_mut(&key) else { continue };
             let Course::Waiting(place) = slot.course else { continue };
+            let write = slot.take(key);
             slot.course = Course::InFlight {
-                version: slot.entry.version,
+                version: write.entry.version,
                 place,
                 next: None,
             };
-            let write = Write {
-                key,
-                entry: slot.entry.clone(),
-                tags: slot.tags.clone(),
-            };
-            bytes += slot.weight;
+            entries += entries_of(&write);
+            bytes += write.weight();
             taken.push(write);
         }
         taken
     }
 
-    /// The try of `version` is over: the store has taken it. A newer write of the key stays and can be taken from now on. Harmless
-    /// for a version that is not pending.
-    pub(super) fn settle(&mut self, key: &Key, version: Version) -> Settled<P> {
+    /// The try of `version` is over: the store has taken it, and the ids that went with it. A newer write of the key stays and can be taken
+    /// from now on. Harmless for a version that is not pending. What has left gives its payload to `left`.
+    pub(super) fn settle(&mut self, key: &Key, version: Version, left: &mut Vec<P>) -> Settled {
         self.stored(key, version);
-        let standing = self.slots.get(key);
-        if standing.is_some_and(|slot| slot.unconfirmed && slot.entry.version == version) {
+        if let Some(slot) = self.slots.get_mut(key)
+            && slot.newest.unconfirmed
+            && slot.newest.entry.version == version
+        {
+            if slot.tried() == Tried::With(version) {
+                slot.newest.request = None;
+            }
+            self.told(key, version, left);
             return Settled::ToPublish;
         }
-        Settled::Left(self.end(key, version))
+        self.end(key, version, left);
+        Settled::Left
     }
 
-    /// The same of a write that lost to something newer in the store.
-    #[must_use = "holds a payload to be freed"]
-    pub(super) fn lose(&mut self, key: &Key, version: Version) -> Option<P> {
-        self.stored(key, version);
-        self.end(key, version)
+    /// The same of a write that lost to `standing` in the store.
+    pub(super) fn lose(&mut self, key: &Key, version: Version, standing: Version, left: &mut Vec<P>) {
+        self.stored(key, standing);
+        self.end(key, version, left);
     }
 
-    /// The same of a write that was told to be [`Settled::ToPublish`] and is published, and of one that left for the dead letters:
-    /// the store need not hold anything of its key.
-    #[must_use = "holds a payload to be freed"]
-    pub(super) fn end(&mut self, key: &Key, version: Version) -> Option<P> {
-        let slot = self.slots.get_mut(key)?;
-        if slot.entry.version <= version {
-            return self.remove(key);
+    /// The same of a write that left for the dead letters: the store need not hold anything of its key.
+    pub(super) fn bury(&mut self, key: &Key, version: Version, left: &mut Vec<P>) {
+        if let Some(slot) = self.slots.get(key)
+            && let Course::InFlight {
+                version: tried, place, ..
+            } = slot.course
+            && tried == version
+        {
+            self.watchers.note_buried(key, place.lowest, version);
         }
-        if let Course::InFlight {
+        self.end(key, version, left);
+    }
+
+    /// The same of a write that was told to be [`Settled::ToPublish`] and is published.
+    pub(super) fn published(&mut self, key: &Key, version: Version, left: &mut Vec<P>) {
+        self.stored(key, version);
+        self.end(key, version, left);
+    }
+
+    fn end(&mut self, key: &Key, version: Version, left: &mut Vec<P>) {
+        self.told(key, version, left);
+        let Some(slot) = self.slots.get_mut(key) else { return };
+        if slot.newest.entry.version <= version {
+            self.remove(key, Some(version), left);
+        } else if let Course::InFlight {
             version: tried,
             place,
+            next: Some(next),
+        } = slot.course
+            && tried == version
+        {
+            self.shares.replace(key, &place, &next);
+            self.order.insert((next.due, next.number), key.clone());
+            slot.course = Course::Waiting(next);
+            self.nexts -= 1;
+            self.watchers.note_gone(place.number);
+        }
+        self.tell_left(key);
+    }
+
+    /// The try of `version` failed: its key can be taken again, at its old place, with what was accepted since; and so can the ids that went
+    /// with it. Harmless for a version that is not in flight.
+    pub(super) fn release(&mut self, key: &Key, version: Version) {
+        let with = Tried::With(version);
+        self.loose.release(key, with);
+        let Some(slot) = self.slots.get_mut(key) else { return };
+        owed::release(&mut slot.owed, with);
+        if let Course::InFlight {
+            version: tried,
+            mut place,
             next,
         } = slot.course
             && tried == version
         {
-            let next = next.unwrap_or(place);
-            self.shares.replace(key, &place, &next);
-            self.order.insert((next.due, next.number), key.clone());
-            slot.course = Course::Waiting(next);
-        }
-        None
-    }
-
-    /// The try of `version` failed: its key can be taken again, at its old place, with what was accepted since. Harmless for a
-    /// version that is not in flight.
-    pub(super) fn release(&mut self, key: &Key, version: Version) {
-        let Some(slot) = self.slots.get_mut(key) else { return };
-        if let Course::InFlight {
-            version: tried, place, ..
-        } = slot.course
-            && tried == version
-        {
+            if let Some(next) = next {
+                place.lowest = place.lowest.min(next.lowest);
+                self.nexts -= 1;
+                self.watchers.note_gone(next.number);
+            }
             self.order.insert((place.due, place.number), key.clone());
             slot.course = Course::Waiting(place);
         }
     }
 
     /// The store is known to hold `version` or newer by another way: a pending write at or below it has nothing left to do, in
-    /// flight or not.
-    #[must_use = "holds a payload to be freed"]
-    pub(super) fn overtake(&mut self, key: &Key, version: Version) -> Option<P> {
+    /// flight or not. Its id, and those that it stood for, are owed all the same.
+    pub(super) fn overtake(&mut self, key: &Key, version: Version, left: &mut Vec<P>) {
         self.stored(key, version);
-        let slot = self.slots.get(key)?;
-        if slot.entry.version <= version {
-            self.remove(key)
-        } else {
-            None
+        if self
+            .slots
+            .get(key)
+            .is_some_and(|slot| slot.newest.entry.version <= version)
+        {
+            self.remove(key, None, left);
+            self.tell_left(key);
         }
+    }
+
+    /// Up to `limit` request ids that no write of their key can take along: they are to be remembered by themselves.
+    pub(super) fn take_loose(&mut self, limit: usize) -> Vec<KeyedAnswer> {
+        self.loose.take(limit)
+    }
+
+    /// The store remembers these ids.
+    pub(super) fn remembered(&mut self, answers: &[KeyedAnswer], left: &mut Vec<P>) {
+        for KeyedAnswer { key, .. } in answers {
+            for owed in self.loose.told(key, Tried::Alone) {
+                self.forget(key, owed, left);
+            }
+        }
+    }
+
+    /// It could not be told of these.
+    pub(super) fn not_remembered(&mut self, answers: &[KeyedAnswer]) {
+        for KeyedAnswer { key, .. } in answers {
+            self.loose.release(key, Tried::Alone);
+        }
+    }
+
+    /// How many keys have an id for [`Pending::take_loose`].
+    pub(super) fn loose(&self) -> usize {
+        self.loose.waiting()
     }
 
     /// Notes whether the shared caches hold `version` of a key, if that is what stands.
     pub(super) fn note_published(&mut self, key: &Key, version: Version, published: bool) {
         if let Some(slot) = self.slots.get_mut(key)
-            && slot.entry.version == version
+            && slot.newest.entry.version == version
         {
-            slot.published = published.then_some(self.generation);
+            slot.newest.published = published.then_some(self.generation);
         }
     }
 
@@ -343,22 +402,22 @@ impl<P: Payload> Pending<P> {
     pub(super) fn note_lost(&mut self, matches: impl Fn(&Key) -> bool) {
         for (key, slot) in &mut self.slots {
             if matches(key) {
-                slot.published = None;
+                slot.newest.published = None;
             }
         }
     }
 
     /// Whether the write that stands for a key, `version` or one that has covered it, is nowhere in the shared caches, for all that is known.
     pub(super) fn is_unpublished(&self, key: &Key, version: Version) -> bool {
-        let standing = self.slots.get(key).filter(|slot| slot.entry.version >= version);
-        standing.is_some_and(|slot| slot.published != Some(self.generation))
+        let standing = self.slots.get(key).filter(|slot| slot.newest.entry.version >= version);
+        standing.is_some_and(|slot| slot.newest.published != Some(self.generation))
     }
 
     /// The newest accepted write of a key.
     pub(super) fn get(&self, key: &Key) -> Option<PendingEntry> {
         self.slots.get(key).map(|slot| PendingEntry {
-            entry: slot.entry.clone(),
-            unconfirmed: slot.unconfirmed,
+            entry: slot.newest.entry.clone(),
+            unconfirmed: slot.newest.unconfirmed,
         })
     }
 
@@ -370,25 +429,35 @@ impl<P: Payload> Pending<P> {
         let old = self
             .slots
             .iter()
-            .filter(move |(_, slot)| !slot.unconfirmed && accepted(slot) <= then);
+            .filter(move |(_, slot)| !slot.newest.unconfirmed && accepted(slot) <= then);
         old.map(|(key, _)| key)
     }
 
-    /// The version of each pending write, and what it holds.
+    /// The version of each write that holds something, and what it holds.
     pub(super) fn payloads(&self) -> impl Iterator<Item = (Version, &P)> {
-        self.slots.values().map(|slot| (slot.entry.version, &slot.payload))
+        let newest = self.slots.values().map(|slot| &slot.newest);
+        let owed = self.slots.values().flat_map(|slot| &slot.owed).chain(self.loose.iter());
+        let newest = newest.map(|newest| (newest.entry.version, &newest.payload));
+        newest.chain(owed.map(|owed| (owed.answered.answer.version, &owed.payload)))
     }
 
-    /// What the pending write of a key holds.
-    pub(super) fn payload(&self, key: &Key) -> Option<&P> {
-        self.slots.get(key).map(|slot| &slot.payload)
+    /// What the pending write of a key holds, and the older ones whose ids go with it.
+    pub(super) fn payloads_of(&self, key: &Key) -> impl Iterator<Item = &P> {
+        let slot = self.slots.get(key);
+        let owed = slot.into_iter().flat_map(|slot| &slot.owed);
+        slot.map(|slot| &slot.newest.payload)
+            .into_iter()
+            .chain(owed.map(|owed| &owed.payload))
     }
 
     /// The same to change it, if this version is the newest of its key.
     #[cfg(feature = "planted-faults")]
     pub(super) fn payload_of(&mut self, key: &Key, version: Version) -> Option<&mut P> {
-        let newest = self.slots.get_mut(key).filter(|slot| slot.entry.version == version);
-        newest.map(|slot| &mut slot.payload)
+        let newest = self
+            .slots
+            .get_mut(key)
+            .filter(|slot| slot.newest.entry.version == version);
+        newest.map(|slot| &mut slot.newest.payload)
     }
 
     /// When the oldest write that is here, in flight or not, was accepted.
@@ -406,390 +475,166 @@ impl<P: Payload> Pending<P> {
         self.order.first_key_value().map(|((due, _), _)| *due)
     }
 
-    /// How many keys have a pending write.
+    /// How many writes are pending: the newest of each key, and the older ones whose request ids are owed.
     pub(super) fn entries(&self) -> usize {
-        self.slots.len()
+        self.entries
     }
 
-    /// The weight of the pending writes.
+    /// Their weight.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    fn remove(&mut self, key: &Key) -> Option<P> {
-        let slot = self.slots.remove(key)?;
-        self.bytes -= slot.weight;
+    /// Waits until the store has `version` of a key, or refuses it; `None`: nothing here is, or stands for, that write. What is waited for
+    /// is due at `now`.
+    pub(super) fn await_stored(&mut self, key: &Key, version: Version, now: Timestamp) -> Option<Watch<Fate>> {
+        if !self.slots.get(key)?.covers(version) {
+            return None;
+        }
+        self.hasten(key, now);
+        Some(self.watchers.stored(key, version))
+    }
+
+    /// Waits until nothing of a key is pending that is older than `version`, nor on its way by now; `None`: so it is. The same.
+    pub(super) fn await_settled(&mut self, key: &Key, version: Version, now: Timestamp) -> Option<Watch<()>> {
+        let below = Below {
+            version,
+            passage: self.passages.last(),
+        };
+        if below.holds(self.slots.get(key).map(Slot::lowest), self.passages.first(key)) {
+            return None;
+        }
+        self.hasten(key, now);
+        Some(self.watchers.settled(key, below))
+    }
+
+    /// Waits until all that is pending by now has left; `None`: nothing is.
+    pub(super) fn await_all(&mut self) -> Option<Watch<()>> {
+        let left = self.slots.len() + self.nexts;
+        (left > 0).then(|| self.watchers.all(self.places, left))
+    }
+
+    /// Nobody waits any more for what was waited for under this number.
+    pub(super) fn take_back(&mut self, key: Option<&Key>, number: u64) {
+        self.watchers.take_back(key, number);
+    }
+
+    /// Makes the write of a key due.
+    fn hasten(&mut self, key: &Key, now: Timestamp) {
+        let Some(slot) = self.slots.get_mut(key) else { return };
+        match &mut slot.course {
+            Course::Waiting(place) if place.due > now => {
+                self.order.remove(&(place.due, place.number));
+                place.due = now;
+                self.order.insert((now, place.number), key.clone());
+            }
+            Course::InFlight { place, next, .. } => {
+                place.due = place.due.min(now);
+                next.iter_mut().for_each(|next| next.due = next.due.min(now));
+            }
+            Course::Waiting(_) => {}
+        }
+    }
+
+    /// The pending entries of a namespace whose keys begin with `prefix`, in order, from the first one after `after`.
+    pub(super) fn range(
+        &self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+    ) -> impl Iterator<Item = (Key, PendingEntry)> {
+        let keys = self.ordered.below(namespace, prefix, after);
+        keys.filter_map(|key| Some((key.clone(), self.get(key)?)))
+    }
+
+    /// The store holds `version` of a key, or something newer.
+    fn stored(&mut self, key: &Key, version: Version) {
+        self.passages.note_stored(key, version);
+        self.watchers.note_stored(key, version);
+    }
+
+    /// The store was told of the ids that went with a version.
+    fn told(&mut self, key: &Key, version: Version, left: &mut Vec<P>) {
+        let with = Tried::With(version);
+        let of_slot = (self.slots.get_mut(key)).map(|slot| owed::told(&mut slot.owed, with));
+        let loose = self.loose.told(key, with);
+        for owed in of_slot.into_iter().flatten().chain(loose) {
+            self.forget(key, owed, left);
+        }
+    }
+
+    /// Lets go of an id.
+    fn forget(&mut self, key: &Key, owed: Owed<P>, left: &mut Vec<P>) {
+        self.discount(key, owed.weight, &owed.place);
+        left.push(owed.payload);
+    }
+
+    /// Removes a slot whose write, and what it stood for, has nothing left to do. `told`: with this version the store was told of the ids.
+    fn remove(&mut self, key: &Key, told: Option<Version>, left: &mut Vec<P>) {
+        let Some(slot) = self.slots.remove(key) else { return };
+        self.ordered.remove(key);
+        let (admitted, tried) = (slot.place().admitted, slot.tried());
         let place = match slot.course {
             Course::Waiting(place) => {
                 self.order.remove(&(place.due, place.number));
                 place
             }
-            Course::InFlight { place, .. } => place,
+            Course::InFlight { place, next, .. } => {
+                if let Some(next) = next {
+                    self.nexts -= 1;
+                    self.watchers.note_gone(next.number);
+                }
+                place
+            }
         };
-        self.shares.remove(key, slot.weight, &place);
-        Some(slot.payload)
+        self.watchers.note_gone(place.number);
+        self.discount(key, slot.newest.weight, &place);
+        self.loose.add(key, slot.owed);
+        if told.is_some_and(|version| tried == Tried::With(version)) {
+            left.push(slot.newest.payload);
+        } else {
+            left.extend(self.owe(key, slot.newest, admitted, tried));
+        }
+    }
+
+    /// Tells those who wait until nothing older of a key is pending.
+    fn tell_left(&mut self, key: &Key) {
+        if self.watchers.is_settling() {
+            let lowest = self.slots.get(key).map(Slot::lowest);
+            self.watchers.note_left(key, lowest, self.passages.first(key));
+        }
+    }
+
+    /// Counts a write that holds a payload.
+    fn count(&mut self, key: &Key, weight: usize, place: &Place) {
+        self.shares.add(key, weight, place);
+        self.entries += 1;
+        self.bytes += weight;
+    }
+
+    /// Counts it no longer.
+    fn discount(&mut self, key: &Key, weight: usize, place: &Place) {
+        self.shares.remove(key, weight, place);
+        self.entries -= 1;
+        self.bytes -= weight;
+    }
+
+    /// A new place.
+    fn place(&mut self, now: Timestamp, write_delay: Duration, lowest: Version) -> Place {
+        self.places += 1;
+        Place {
+            admitted: now,
+            due: now.after(write_delay),
+            number: self.places,
+            lowest,
+        }
     }
 }
 
-fn place(places: &mut u64, now: Timestamp, write_delay: Duration) -> Place {
-    *places += 1;
-    Place {
-        admitted: now,
-        due: now.after(write_delay),
-        number: *places,
-    }
+/// What a write counts for where entries are bounded: itself, and its request ids.
+pub(super) fn entries_of(write: &Write) -> usize {
+    1 + write.requests.len()
 }
 
 #[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use bytes::Bytes;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// Of equal length, so that a write weighs the same in either.
-    fn namespace(number: u8) -> &'static str {
-        if number.is_multiple_of(2) { "even" } else { "odds" }
-    }
-
-    fn key(number: u8) -> Key {
-        Key::new(namespace(number), &format!("k{number}")).expect("valid")
-    }
-
-    fn write(number: u8, version: i64) -> Write {
-        Write {
-            key: key(number),
-            entry: Entry {
-                version: self::version(version),
-                // Sizes that differ from version to version, and now and then a tombstone.
-                value: (version % 3 != 0).then(|| Bytes::from(vec![0; (version % 7) as usize * 10])),
-                expires_at: None,
-            },
-            tags: Tags::default(),
-        }
-    }
-
-    fn version(number: i64) -> Version {
-        Version::new(number).expect("positive")
-    }
-
-    /// A permit that tells when it is freed.
-    #[derive(Debug)]
-    struct Counted<'a>(&'a Cell<usize>);
-
-    impl Payload for () {
-        fn inherit(&mut self, (): &mut ()) {}
-    }
-
-    impl Payload for Counted<'_> {
-        fn inherit(&mut self, _: &mut Self) {}
-    }
-
-    impl<'a> Counted<'a> {
-        fn new(held: &'a Cell<usize>) -> Counted<'a> {
-            held.set(held.get() + 1);
-            Counted(held)
-        }
-    }
-
-    impl Drop for Counted<'_> {
-        fn drop(&mut self) {
-            self.0.set(self.0.get() - 1);
-        }
-    }
-
-    fn offer(pending: &mut Pending<()>, number: u8, version: i64, now: i64) {
-        let _ = pending.offer(write(number, version), (), Timestamp(now), Duration::ZERO);
-    }
-
-    fn shown<P: Payload>(pending: &Pending<P>, number: u8) -> Option<Entry> {
-        pending.get(&key(number)).map(|pending| pending.entry)
-    }
-
-    fn take(pending: &mut Pending<()>, now: i64) -> Vec<(Key, i64)> {
-        pending
-            .take(Timestamp(now), usize::MAX, usize::MAX, false)
-            .into_iter()
-            .map(|write| (write.key, write.entry.version.get()))
-            .collect()
-    }
-
-    #[test]
-    fn a_newer_write_survives_the_settling_of_the_older_one_in_flight() {
-        let mut pending = Pending::new();
-        offer(&mut pending, 1, 1, 0);
-        assert_eq!(take(&mut pending, 0), [(key(1), 1)]);
-        offer(&mut pending, 1, 2, 5);
-        assert!(take(&mut pending, 9).is_empty(), "one version of a key at a time");
-        assert_eq!(pending.settle(&key(1), version(1)), Settled::Left(None));
-        assert_eq!(pending.oldest(), Some(Timestamp(5)));
-        assert_eq!(take(&mut pending, 9), [(key(1), 2)]);
-        assert_eq!(pending.settle(&key(1), version(2)), Settled::Left(Some(())));
-        assert_eq!((pending.entries(), pending.bytes(), pending.oldest()), (0, 0, None));
-    }
-
-    #[test]
-    fn a_hot_key_keeps_its_place() {
-        let mut pending = Pending::new();
-        offer(&mut pending, 1, 1, 0);
-        offer(&mut pending, 2, 1, 1);
-        offer(&mut pending, 1, 2, 2);
-        assert_eq!(take(&mut pending, 2), [(key(1), 2), (key(2), 1)]);
-        // Nor does a failed try cost it its place or its age.
-        offer(&mut pending, 3, 1, 3);
-        offer(&mut pending, 1, 3, 4);
-        pending.release(&key(1), version(2));
-        pending.release(&key(2), version(1));
-        assert_eq!(pending.oldest(), Some(Timestamp(0)));
-        assert_eq!(take(&mut pending, 4), [(key(1), 3), (key(2), 1), (key(3), 1)]);
-    }
-
-    #[test]
-    fn a_delay_counts_from_the_oldest_write_and_pressure_ends_it() {
-        let mut pending = Pending::new();
-        let delay = Duration::from_millis(10);
-        let _ = pending.offer(write(1, 1), (), Timestamp(0), delay);
-        let _ = pending.offer(write(1, 2), (), Timestamp(9), delay);
-        assert_eq!(pending.next_due(), Some(Timestamp(10)));
-        assert!(take(&mut pending, 9).is_empty());
-        assert_eq!(pending.take(Timestamp(9), 1, 1, true).len(), 1);
-    }
-
-    #[test]
-    fn what_was_overtaken_in_flight_disturbs_nothing_later() {
-        let mut pending = Pending::new();
-        offer(&mut pending, 1, 1, 0);
-        take(&mut pending, 0);
-        assert_eq!(pending.overtake(&key(1), version(5)), Some(()));
-        offer(&mut pending, 1, 6, 1);
-        pending.release(&key(1), version(1));
-        assert_eq!(take(&mut pending, 1), [(key(1), 6)]);
-        assert_eq!(pending.settle(&key(1), version(1)), Settled::Left(None));
-        assert_eq!(shown(&pending, 1).map(|entry| entry.version), Some(version(6)));
-        assert!(take(&mut pending, 1).is_empty(), "still in flight");
-    }
-
-    #[test]
-    fn a_batch_ends_at_either_bound() {
-        let mut pending = Pending::new();
-        for number in 0..10 {
-            offer(&mut pending, number, 1, 0);
-        }
-        let weight = write(0, 1).weight();
-        assert_eq!(pending.take(Timestamp(0), 3, usize::MAX, false).len(), 3);
-        assert_eq!(pending.take(Timestamp(0), 10, weight + 1, false).len(), 2);
-        assert_eq!(pending.take(Timestamp(0), 10, 0, false).len(), 0);
-    }
-
-    #[derive(Debug, Clone)]
-    enum Step {
-        Offer(u8, i64, u64),
-        Take(usize, usize, bool),
-        Settle(u8, Option<i64>),
-        Release(u8, Option<i64>),
-        Overtake(u8, i64),
-        Wait(i64),
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
-        // A try that ends is mostly of the version in flight (`None`), and now and then of one long gone.
-        let tried = || prop_oneof![4 => Just(None), 1 => (1..30i64).prop_map(Some)];
-        let step = prop_oneof![
-            6 => (0..6u8, 1..30i64, 0..3u64).prop_map(|(k, v, d)| Step::Offer(k, v, d * 10)),
-            3 => (0..4usize, 0..600usize, any::<bool>()).prop_map(|(n, b, h)| Step::Take(n, b, h)),
-            3 => (0..6u8, tried()).prop_map(|(k, v)| Step::Settle(k, v)),
-            2 => (0..6u8, tried()).prop_map(|(k, v)| Step::Release(k, v)),
-            1 => (0..6u8, 1..30i64).prop_map(|(k, v)| Step::Overtake(k, v)),
-            2 => (1..15i64).prop_map(Step::Wait),
-        ];
-        proptest::collection::vec(step, 0..120)
-    }
-
-    /// The same table, naively: a list of slots in the order of nothing.
-    #[derive(Debug, Default)]
-    struct Model(Vec<ModelSlot>);
-
-    #[derive(Debug, Clone)]
-    struct ModelSlot {
-        key: u8,
-        newest: i64,
-        /// Acceptance, delay and rank of the oldest write that is in no batch.
-        waiting: Option<(i64, u64, usize)>,
-        flight: Option<(i64, (i64, u64, usize))>,
-    }
-
-    impl ModelSlot {
-        fn place(&self) -> (i64, u64, usize) {
-            self.flight
-                .map(|(_, place)| place)
-                .or(self.waiting)
-                .expect("one of them")
-        }
-
-        fn due(&self) -> (i64, usize) {
-            let (admitted, delay, rank) = self.place();
-            (admitted + delay as i64, rank)
-        }
-    }
-
-    impl Model {
-        fn slot(&mut self, key: u8) -> Option<&mut ModelSlot> {
-            self.0.iter_mut().find(|slot| slot.key == key)
-        }
-
-        fn offer(&mut self, key: u8, version: i64, now: i64, delay: u64, rank: usize) {
-            let Some(slot) = self.slot(key) else {
-                let waiting = Some((now, delay, rank));
-                return self.0.push(ModelSlot {
-                    key,
-                    newest: version,
-                    waiting,
-                    flight: None,
-                });
-            };
-            if version > slot.newest {
-                slot.newest = version;
-                slot.waiting = slot.waiting.or(Some((now, delay, rank)));
-            }
-        }
-
-        fn take(&mut self, now: i64, entries_max: usize, bytes_max: usize, hurried: bool) -> Vec<(Key, i64)> {
-            let mut taken = Vec::new();
-            let mut bytes = 0;
-            self.0.sort_by_key(ModelSlot::due);
-            for slot in self.0.iter_mut().filter(|slot| slot.flight.is_none()) {
-                if taken.len() < entries_max && bytes < bytes_max && (hurried || slot.due().0 <= now) {
-                    slot.flight = slot.waiting.take().map(|place| (slot.newest, place));
-                    bytes += write(slot.key, slot.newest).weight();
-                    taken.push((key(slot.key), slot.newest));
-                }
-            }
-            taken
-        }
-
-        fn end(&mut self, key: u8, tried: i64, left: bool) {
-            if left {
-                self.overtake(key, tried);
-            }
-            if let Some(slot) = self.slot(key)
-                && let Some((_, place)) = slot.flight.take_if(|(version, _)| *version == tried)
-                && !left
-            {
-                slot.waiting = Some(place);
-            }
-        }
-
-        fn overtake(&mut self, key: u8, version: i64) {
-            self.0.retain(|slot| slot.key != key || slot.newest > version);
-        }
-    }
-
-    /// Distinct versions of one key in two orders, some of them lost in the first; and before which of them a batch is taken.
-    fn deliveries() -> impl Strategy<Value = (Vec<i64>, Vec<i64>, Vec<bool>)> {
-        let versions = proptest::collection::btree_set(1..1_000i64, 1..12).prop_map(Vec::from_iter);
-        versions.prop_flat_map(|all| {
-            let some = proptest::sample::subsequence(all.clone(), 0..=all.len()).prop_shuffle();
-            let takes = proptest::collection::vec(any::<bool>(), 2 * all.len());
-            (some, Just(all).prop_shuffle(), takes)
-        })
-    }
-
-    proptest! {
-        /// The one rule: any order, repetition and late redelivery leaves the highest version, whether or not a try is under way, and that
-        /// version is what the store is given last.
-        #[test]
-        fn any_order_repetition_and_late_redelivery_end_at_the_highest_version((first, second, takes) in deliveries()) {
-            let held = Cell::new(0);
-            let mut pending = Pending::new();
-            let mut tried = Vec::new();
-            for (number, takes) in first.iter().chain(&second).zip(takes) {
-                drop(pending.offer(write(1, *number), Counted::new(&held), Timestamp(0), Duration::ZERO));
-                if takes {
-                    tried.extend(pending.take(Timestamp(0), 1, usize::MAX, false));
-                }
-            }
-            let highest = second.iter().copied().max().map(|number| write(1, number).entry);
-            prop_assert_eq!(shown(&pending, 1), highest.clone());
-            prop_assert_eq!((pending.entries(), held.get()), (1, 1));
-            // Each try succeeds in turn; what is newer than it goes next.
-            while pending.entries() > 0 {
-                let last = tried.last().cloned();
-                if let Some(Write { key, entry, .. }) = last {
-                    let _ = pending.settle(&key, entry.version);
-                }
-                tried.extend(pending.take(Timestamp(0), 1, usize::MAX, false));
-            }
-            prop_assert_eq!(tried.last().map(|write| write.entry.clone()), highest);
-            prop_assert!(tried.windows(2).all(|pair| pair[0].entry.version < pair[1].entry.version));
-            prop_assert_eq!((pending.get(&key(1)), held.get()), (None, 0));
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(2_000))]
-
-        /// Whatever happens in whatever order, the table shows, takes and counts as the naive one does, and holds one permit
-        /// per slot.
-        #[test]
-        fn does_as_the_naive_table(steps in steps()) {
-            let held = Cell::new(0);
-            let mut pending = Pending::new();
-            let mut model = Model::default();
-            let mut now = 0;
-            for (rank, step) in steps.into_iter().enumerate() {
-                let flying = |model: &mut Model, key| model.slot(key).and_then(|slot| slot.flight).map_or(1, |(v, _)| v);
-                match step {
-                    Step::Offer(k, v, delay) => {
-                        let permit = Counted::new(&held);
-                        drop(pending.offer(write(k, v), permit, Timestamp(now), Duration::from_millis(delay)));
-                        model.offer(k, v, now, delay, rank);
-                    }
-                    Step::Take(entries_max, bytes_max, hurried) => {
-                        let taken = pending.take(Timestamp(now), entries_max, bytes_max, hurried);
-                        let taken: Vec<_> = taken.into_iter().map(|w| (w.key, w.entry.version.get())).collect();
-                        prop_assert_eq!(taken, model.take(now, entries_max, bytes_max, hurried));
-                    }
-                    Step::Settle(k, v) => {
-                        let v = v.unwrap_or_else(|| flying(&mut model, k));
-                        let _ = pending.settle(&key(k), version(v));
-                        model.end(k, v, true);
-                    }
-                    Step::Release(k, v) => {
-                        let v = v.unwrap_or_else(|| flying(&mut model, k));
-                        pending.release(&key(k), version(v));
-                        model.end(k, v, false);
-                    }
-                    Step::Overtake(k, v) => {
-                        drop(pending.overtake(&key(k), version(v)));
-                        model.overtake(k, v);
-                    }
-                    Step::Wait(millis) => now += millis,
-                }
-                for k in 0..6 {
-                    let shown = shown(&pending, k);
-                    let expected = model.slot(k).map(|slot| write(k, slot.newest).entry);
-                    prop_assert_eq!(shown, expected);
-                }
-                prop_assert_eq!(pending.entries(), model.0.len());
-                let weight = model.0.iter().map(|slot| write(slot.key, slot.newest).weight()).sum::<usize>();
-                prop_assert_eq!(pending.bytes(), weight);
-                prop_assert_eq!(held.get(), model.0.len());
-                let waiting = model.0.iter().filter(|slot| slot.flight.is_none());
-                prop_assert_eq!(pending.next_due().map(|at| at.0), waiting.map(|slot| slot.due().0).min());
-                prop_assert_eq!(pending.oldest().map(|at| at.0), model.0.iter().map(|slot| slot.place().0).min());
-                let told = |(name, share): (&str, &Share)| (name.to_owned(), share.entries(), share.bytes, share.oldest().map(|at| at.0));
-                let mut told: Vec<_> = pending.shares().map(told).collect();
-                told.sort();
-                let counted = ["even", "odds"].into_iter().filter_map(|name| {
-                    let slots: Vec<_> = model.0.iter().filter(|slot| namespace(slot.key) == name).collect();
-                    let bytes = slots.iter().map(|slot| write(slot.key, slot.newest).weight()).sum::<usize>();
-                    let oldest = slots.iter().map(|slot| slot.place().0).min();
-                    (!slots.is_empty()).then(|| (name.to_owned(), slots.len(), bytes, oldest))
-                });
-                prop_assert_eq!(told, counted.collect::<Vec<_>>());
-            }
-        }
-    }
-}
+mod tests;

@@ -193,6 +193,7 @@ fn write(name: &str, number: i64) -> Write {
             expires_at: None,
         },
         tags: Tags::default(),
+        requests: Vec::new(),
     }
 }
 

@@ -1,7 +1,8 @@
 //! A request's body, which has to arrive before the call's deadline.
 //!
 //! Owns that bound alone: a client that begins a message and never ends it would hold what it sent, and its stream, for as long as its
-//! connection lives, and would keep a shutdown waiting. Invariant: what arrived in time is untouched.
+//! connection lives, and would keep a shutdown waiting. A stream of messages may last; what it waits for is bounded where it is read
+//! (`rpc/stream.rs`). Invariant: what arrived in time is untouched.
 
 use std::{
     pin::Pin,
@@ -17,16 +18,16 @@ use crate::{
     rpc::status::to_status,
 };
 
-/// A body with a deadline.
+/// A body with a deadline, if it is to have one.
 pub(crate) struct Arrival {
     body: Incoming,
-    deadline: Instant,
+    deadline: Option<Instant>,
     /// Made only when the body is not there at once.
     expiry: Option<Pin<Box<Sleep>>>,
 }
 
 impl Arrival {
-    pub(crate) fn new(body: Incoming, deadline: Instant) -> Arrival {
+    pub(crate) fn new(body: Incoming, deadline: Option<Instant>) -> Arrival {
         Arrival {
             body,
             deadline,
@@ -47,7 +48,9 @@ impl Body for Arrival {
         if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(context) {
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
-        let deadline = this.deadline;
+        let Some(deadline) = this.deadline else {
+            return Poll::Pending;
+        };
         let expiry = this.expiry.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
         expiry.as_mut().poll(context).map(|()| {
             let error = Error::new(ErrorKind::Timeout, "the request had not arrived whole at the deadline");

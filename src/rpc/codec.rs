@@ -74,7 +74,16 @@ impl<U: Message + Default> Decoder for MessageDecoder<U> {
 }
 
 /// The fields that can be at fault by themselves, when their text is not UTF-8.
-const TEXT_FIELDS: [&str; 5] = ["namespace", "key", "keys", "prefix", "tag"];
+const TEXT_FIELDS: [&str; 8] = [
+    "namespace",
+    "key",
+    "keys",
+    "prefix",
+    "tag",
+    "tags",
+    "request_id",
+    "page_token",
+];
 
 /// prost names the message and the field in its text alone, as `GetRequest.key`.
 fn undecodable(error: &DecodeError) -> Status {
@@ -83,7 +92,7 @@ fn undecodable(error: &DecodeError) -> Status {
         .into_iter()
         .find(|field| text.contains(&format!(".{field}:")));
     to_status(Error::invalid(vec![FieldViolation {
-        field: field.unwrap_or_default(),
+        field: field.unwrap_or_default().into(),
         description: format!("the bytes are no message of this method: {text}").into(),
     }]))
 }

@@ -1,15 +1,24 @@
 //! One client connection: HTTP/2 with bounds on everything a peer can make us hold.
 //!
-//! Owns the connection's protocol settings and its end. Does not own accepting (`rpc/serve.rs`, `rpc/admin`) or calls (`rpc/router.rs`).
-//! Invariant: a connection that says nothing, or stops answering pings, is closed within a bound.
+//! Owns the connection's protocol settings and its end, and that of a call whose client takes nothing of its answer any more. Does not own
+//! accepting (`rpc/serve.rs`, `rpc/admin`) or calls (`rpc/router.rs`). Invariant: a connection that says nothing, or stops answering pings, is closed within a bound.
 
-use std::{convert::Infallible, pin::pin, time::Duration};
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    future::poll_fn,
+    pin::{Pin, pin},
+    task::Poll,
+    time::Duration,
+};
 
 use http::{Request, Response};
 use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::Service};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::TcpStream,
+    sync::oneshot,
+    task_local,
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -40,8 +49,55 @@ where
     F::Output: Send + 'static,
 {
     fn execute(&self, task: F) {
-        tokio::spawn(task);
+        tokio::spawn(CUT.scope(Cell::new(None), until_cut(task)));
     }
+}
+
+task_local! {
+    /// What the call of this task has left, to be cut off by.
+    static CUT: Cell<Option<oneshot::Receiver<()>>>;
+}
+
+/// Cuts a call off: what is left of its answer is dropped, and its stream is reset. hyper asks an answer for no more while the client gives
+/// no room for it, and so the answer itself cannot end.
+#[derive(Debug)]
+pub(crate) struct Cutter(oneshot::Sender<()>);
+
+impl Cutter {
+    /// The one of the call that this task serves, before its answer has begun.
+    pub(crate) fn of_this_call() -> Cutter {
+        let (cutter, cut) = oneshot::channel();
+        // Outside of a call there is nothing to be cut off.
+        let _ = CUT.try_with(|slot| slot.set(Some(cut)));
+        Cutter(cutter)
+    }
+
+    /// Cuts it off, if it has not ended.
+    pub(crate) fn cut(self) {
+        let _ = self.0.send(());
+    }
+}
+
+/// Runs a task of a connection to its end, or until it is cut off.
+async fn until_cut(task: impl Future<Output: Send>) {
+    let mut task = pin!(task);
+    let mut cut = None;
+    poll_fn(|context| {
+        if task.as_mut().poll(context).is_ready() {
+            return Poll::Ready(());
+        }
+        // Left by the call while it was polled.
+        cut = CUT.with(Cell::take).or_else(|| cut.take());
+        let asked = cut.as_mut().map(|cut| Pin::new(cut).poll(context));
+        match asked {
+            Some(Poll::Ready(Ok(()))) => return Poll::Ready(()),
+            // Nobody will.
+            Some(Poll::Ready(Err(_))) => cut = None,
+            Some(Poll::Pending) | None => {}
+        }
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Serves a connection until it ends, or, once `stop` is cancelled, until its calls have been answered.

@@ -1,6 +1,6 @@
 //! One connection's way from a path to a service, and what is said about every call whichever service answers it.
 //!
-//! Owns the table of services, the counting of calls, and the statuses of requests that fail before a handler sees them. Routes by
+//! Owns the table of services, the counting of calls (a stream is one, which ends with it), and the statuses of requests that fail before a handler sees them. Routes by
 //! a plain match: the generic routers box each call once more. Invariant: INTERNAL leaves here only with our own details, so it always
 //! means a fault of ours.
 
@@ -11,8 +11,9 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header::CONTENT_TYPE};
-use hyper::body::Incoming;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 use tonic::{Code, Status, body::Body, codegen::Service};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
@@ -23,7 +24,7 @@ use crate::{
         arrival::Arrival,
         proto::gateway_server::GatewayServer,
         reflection::Reflection,
-        service::{CallLimits, GatewayService},
+        service::{CallLimits, GatewayService, stream_deadline},
         status::to_status,
     },
     telemetry::calls::{Method, ThreadCounters},
@@ -60,11 +61,12 @@ where
 #[derive(Clone)]
 pub(crate) struct Router {
     pub(crate) gateway: GatewayServer<GatewayService>,
+    /// The same service, reading the larger messages of batches.
+    pub(crate) batches: GatewayServer<GatewayService>,
     pub(crate) health: HealthServer<HealthService>,
     pub(crate) reflection: Option<Reflection>,
     pub(crate) counters: Arc<ThreadCounters>,
     pub(crate) limits: CallLimits,
-    pub(crate) message_bytes_max: usize,
 }
 
 impl Router {
@@ -82,9 +84,24 @@ impl Router {
                     "Get" => Method::Get,
                     "Put" => Method::Put,
                     "Delete" => Method::Delete,
+                    "BatchGet" => Method::BatchGet,
+                    "BatchWrite" => Method::BatchWrite,
+                    "WriteStream" => Method::WriteStream,
+                    "Scan" => Method::Scan,
+                    "Touch" => Method::Touch,
+                    "Increment" => Method::Increment,
+                    "AwaitPersisted" => Method::AwaitPersisted,
                     _ => Method::Other,
                 };
-                (method, answer(self.gateway.clone().call(self.bounded(request))))
+                let mut server = match method {
+                    Method::BatchGet | Method::BatchWrite => self.batches.clone(),
+                    _ => self.gateway.clone(),
+                };
+                let request = match method {
+                    Method::WriteStream => Self::lasting(request),
+                    _ => self.bounded(request),
+                };
+                (method, answer(server.call(request)))
             }
             "grpc.health.v1.Health" => (Method::Other, answer(self.health.clone().call(self.bounded(request)))),
             _ => {
@@ -99,9 +116,24 @@ impl Router {
 
     /// The request with its deadline, before which its body has to have arrived.
     fn bounded(&self, mut request: Request<Incoming>) -> Request<Arrival> {
-        let deadline = self.limits.deadline(request.headers());
+        let deadline = self.limits.deadlines.deadline(request.headers());
         request.extensions_mut().insert(deadline);
-        request.map(|body| Arrival::new(body, deadline.0))
+        request.map(|body| Arrival::new(body, Some(deadline.0)))
+    }
+
+    /// The request of a stream, which lasts for as long as its client said, if it said so.
+    fn lasting(mut request: Request<Incoming>) -> Request<Arrival> {
+        let deadline = stream_deadline(request.headers());
+        request.extensions_mut().insert(deadline);
+        request.map(|body| Arrival::new(body, None))
+    }
+
+    /// The largest message of a method.
+    fn message_bytes_max(&self, method: Method) -> usize {
+        match method {
+            Method::BatchGet | Method::BatchWrite => self.limits.batch_bytes_max,
+            _ => self.limits.message_bytes_max,
+        }
     }
 }
 
@@ -116,23 +148,47 @@ impl hyper::service::Service<Request<Incoming>> for Router {
         self.counters.begin(method);
         CountedCall {
             call,
-            method,
-            started,
-            counters: Arc::clone(&self.counters),
-            message_bytes_max: self.message_bytes_max,
-            answered: false,
+            message_bytes_max: self.message_bytes_max(method),
+            count: Some(Count {
+                method,
+                started,
+                counters: Arc::clone(&self.counters),
+                answered: false,
+            }),
         }
     }
 }
 
-/// A call that counts itself: by the code of its answer, or as CANCELLED when its client went away first.
-pub(crate) struct CountedCall {
-    call: Call,
+/// One call, counted once: by the code of its answer, or as CANCELLED when its client went away first.
+struct Count {
     method: Method,
     started: Instant,
     counters: Arc<ThreadCounters>,
-    message_bytes_max: usize,
     answered: bool,
+}
+
+impl Count {
+    fn answered(&mut self, code: Code) {
+        self.answered = true;
+        self.counters.call(self.method, code, self.started.elapsed());
+    }
+}
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.answered(Code::Cancelled);
+        }
+        self.counters.end(self.method);
+    }
+}
+
+/// A call that is counted.
+pub(crate) struct CountedCall {
+    call: Call,
+    message_bytes_max: usize,
+    /// Goes with the body of a stream that began, and ends with it.
+    count: Option<Count>,
 }
 
 impl Future for CountedCall {
@@ -143,20 +199,48 @@ impl Future for CountedCall {
             return Poll::Pending;
         };
         let response = own_status(response, self.message_bytes_max);
-        // An answer without a status in its headers carries it behind its message, and for a unary call that is OK.
-        let code = status_code(response.headers()).unwrap_or(Code::Ok);
-        self.answered = true;
-        self.counters.call(self.method, code, self.started.elapsed());
-        Poll::Ready(Ok(response))
+        // An answer without a status in its headers carries it behind its messages.
+        let code = status_code(response.headers());
+        let Some(count) = self.count.as_mut() else {
+            return Poll::Ready(Ok(response));
+        };
+        if code.is_some() || count.method != Method::WriteStream {
+            // For a unary call that is OK.
+            count.answered(code.unwrap_or(Code::Ok));
+            return Poll::Ready(Ok(response));
+        }
+        let count = self.count.take();
+        Poll::Ready(Ok(response.map(|body| Body::new(CountedBody { body, count }))))
     }
 }
 
-impl Drop for CountedCall {
-    fn drop(&mut self) {
-        if !self.answered {
-            self.counters.call(self.method, Code::Cancelled, self.started.elapsed());
+/// The answers of a stream, which is counted at their end.
+struct CountedBody {
+    body: Body,
+    count: Option<Count>,
+}
+
+impl HttpBody for CountedBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(code) = frame.trailers_ref().and_then(status_code)
+            && let Some(mut count) = self.count.take()
+        {
+            count.answered(code);
         }
-        self.counters.end(self.method);
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -202,18 +286,25 @@ pub(crate) fn own_status(response: Response<Body>, message_bytes_max: usize) -> 
     if headers.contains_key(Status::GRPC_STATUS_DETAILS) {
         return response;
     }
-    let error = match status_code(headers) {
-        Some(Code::OutOfRange) => Error::new(
+    match status_code(headers).and_then(|code| unread(code, message_bytes_max)) {
+        Some(error) => to_status(error).into_http(),
+        None => response,
+    }
+}
+
+/// What a code without our details says of a message that tonic could not read.
+pub(crate) fn unread(code: Code, message_bytes_max: usize) -> Option<Error> {
+    match code {
+        Code::OutOfRange => Some(Error::new(
             ErrorKind::TooLarge,
             format!("the request is larger than the {message_bytes_max} bytes that this server reads: send less"),
-        ),
-        Some(Code::Internal | Code::Unknown) => Error::new(
+        )),
+        Code::Internal | Code::Unknown => Some(Error::new(
             ErrorKind::Invalid,
             "the request is no complete gRPC message: check its length prefix, its compression flag and its encoding",
-        ),
-        _ => return response,
-    };
-    to_status(error).into_http()
+        )),
+        _ => None,
+    }
 }
 
 fn status_code(headers: &HeaderMap) -> Option<Code> {

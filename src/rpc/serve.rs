@@ -38,7 +38,7 @@ use crate::{
         proto::gateway_server::GatewayServer,
         reflection::Reflection,
         router::Router,
-        service::{CallLimits, GatewayService},
+        service::{CallLimits, Deadlines, GatewayService},
     },
     settings::{DAY, Unfit, count, within},
     telemetry::calls::{CallMetrics, ThreadCounters},
@@ -47,6 +47,9 @@ use crate::{
 /// What a message may hold beside its value: namespace, key, ttl and the encoding's own bytes, with room for a value that is a
 /// little over its limit, so that the caller is told which field is too long.
 const MESSAGE_OVERHEAD_BYTES: usize = 64 * 1024;
+
+/// What a batch may hold in all: what servers of gRPC read by default.
+const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// A health check names a service.
 pub(crate) const HEALTH_MESSAGE_BYTES_MAX: usize = 4 * 1024;
@@ -71,8 +74,8 @@ pub struct Config {
     pub threads: Option<NonZeroUsize>,
     /// Open connections; one more is closed at once. Default: 10,000.
     pub connections_max: NonZeroUsize,
-    /// Calls at a time on one connection. Default: 100. Each may hold a message of `value_bytes_max`, so this bounds what one
-    /// connection can make the gateway hold.
+    /// Calls at a time on one connection. Default: 100. Each may hold a message of `value_bytes_max`, a batch or a stream of writes 4 MiB and
+    /// one such message, so this bounds what one connection can make the gateway hold.
     pub streams_max: NonZeroU32,
     /// The largest value, in bytes. Default: 1 MiB.
     pub value_bytes_max: usize,
@@ -82,6 +85,13 @@ pub struct Config {
     /// The longest deadline; a longer one is cut. Default: 60 s.
     #[serde(with = "humantime_serde")]
     pub deadline_max: Duration,
+    /// How long a stream of writes may go on sending nothing, or no whole message. Default: 5 min. It holds a place of `streams_max`.
+    #[serde(with = "humantime_serde")]
+    pub stream_idle_max: Duration,
+    /// How long answers of a stream of writes may wait for a client that reads none of them, before it loses the stream. Default: 1 min. Less
+    /// frees sooner what such a client holds, and cuts off one that is merely slow.
+    #[serde(with = "humantime_serde")]
+    pub stream_unread_max: Duration,
     /// Whether server reflection answers. Default: true.
     pub reflection: bool,
 }
@@ -95,6 +105,8 @@ impl Default for Config {
             value_bytes_max: 1024 * 1024,
             deadline_default: Duration::from_secs(5),
             deadline_max: Duration::from_secs(60),
+            stream_idle_max: Duration::from_secs(300),
+            stream_unread_max: Duration::from_secs(60),
             reflection: true,
         }
     }
@@ -118,6 +130,8 @@ impl Config {
             ));
         }
         within("deadline_max", self.deadline_max, DAY)?;
+        within("stream_idle_max", self.stream_idle_max, DAY)?;
+        within("stream_unread_max", self.stream_unread_max, DAY)?;
         within("deadline_default", self.deadline_default, self.deadline_max)
     }
 }
@@ -321,23 +335,32 @@ impl ServingThread {
     }
 
     fn router(&self, gateway: Gateway, counters: Arc<ThreadCounters>) -> Router {
+        let message_bytes_max = self.config.value_bytes_max.saturating_add(MESSAGE_OVERHEAD_BYTES);
         let limits = CallLimits {
             value_bytes_max: self.config.value_bytes_max,
-            deadline_default: self.config.deadline_default,
-            deadline_max: self.config.deadline_max,
+            message_bytes_max,
+            batch_bytes_max: message_bytes_max.max(BATCH_BYTES_MAX),
+            deadlines: Deadlines {
+                default: self.config.deadline_default,
+                max: self.config.deadline_max,
+            },
+            stream_idle_max: self.config.stream_idle_max,
+            stream_unread_max: self.config.stream_unread_max,
         };
-        let message_bytes_max = self.config.value_bytes_max.saturating_add(MESSAGE_OVERHEAD_BYTES);
-        let gateway = GatewayServer::new(GatewayService::new(gateway, limits))
-            .max_decoding_message_size(message_bytes_max)
-            .max_encoding_message_size(usize::MAX);
+        let service = Arc::new(GatewayService::new(gateway, limits, self.stop.clone()));
+        let reading = |bytes_max| {
+            GatewayServer::from_arc(Arc::clone(&service))
+                .max_decoding_message_size(bytes_max)
+                .max_encoding_message_size(usize::MAX)
+        };
         Router {
-            gateway,
+            gateway: reading(limits.message_bytes_max),
+            batches: reading(limits.batch_bytes_max),
             health: HealthServer::new(HealthService::from_health_reporter(self.health.clone()))
                 .max_decoding_message_size(HEALTH_MESSAGE_BYTES_MAX),
             reflection: self.reflection.clone(),
             counters,
             limits,
-            message_bytes_max,
         }
     }
 }

@@ -1,23 +1,29 @@
 //! The service of `tidegate.v1.Gateway`: decode, call the gateway, encode. It decides nothing.
 //!
-//! Owns the translation of a call's deadline. Cancellation: when a client goes away tonic drops the method's future; a read ends
-//! there, a write goes on once the gateway admitted it (see [`crate::gateway`]).
+//! Owns the translation of a call's deadline. Does not own the stream of writes (`rpc/stream.rs`). Cancellation: when a client goes away
+//! tonic drops the method's future; a read ends there, a write goes on once the gateway admitted it (see [`crate::gateway`]).
 
 use std::time::Duration;
 
 use http::HeaderMap;
 use tokio::time::Instant;
-use tonic::{Request, Response, Status};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    error::{Error, ErrorKind},
     gateway::Gateway,
+    model::Version,
     rpc::{
-        convert,
+        convert::{self, AwaitedWrite},
         proto::{
-            DeleteRequest, DeleteResponse, GetRequest, GetResponse, PutRequest, PutResponse,
-            gateway_server::Gateway as GatewayRpc,
+            AwaitPersistedRequest, AwaitPersistedResponse, BatchGetRequest, BatchGetResponse, BatchWriteRequest,
+            BatchWriteResponse, DeleteRequest, DeleteResponse, GetRequest, GetResponse, IncrementRequest,
+            IncrementResponse, PutRequest, PutResponse, ScanRequest, ScanResponse, TouchRequest, TouchResponse,
+            WriteStreamRequest, gateway_server::Gateway as GatewayRpc,
         },
-        status::to_status,
+        status::{to_status, to_status_about},
+        stream::{Answers, Writes},
     },
 };
 
@@ -25,8 +31,20 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CallLimits {
     pub(crate) value_bytes_max: usize,
-    pub(crate) deadline_default: Duration,
-    pub(crate) deadline_max: Duration,
+    /// The largest message, and that of a method that takes several writes or keys in one.
+    pub(crate) message_bytes_max: usize,
+    pub(crate) batch_bytes_max: usize,
+    pub(crate) deadlines: Deadlines,
+    /// How long a stream may send nothing, and leave its answers unread.
+    pub(crate) stream_idle_max: Duration,
+    pub(crate) stream_unread_max: Duration,
+}
+
+/// How much time a call gets that asks for none, and the most that one may ask for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deadlines {
+    pub(crate) default: Duration,
+    pub(crate) max: Duration,
 }
 
 /// The service, one for each serving thread.
@@ -34,23 +52,36 @@ pub(crate) struct CallLimits {
 pub(crate) struct GatewayService {
     gateway: Gateway,
     limits: CallLimits,
+    /// Tells streams that the gateway shuts down.
+    stop: CancellationToken,
 }
 
 impl GatewayService {
-    pub(crate) fn new(gateway: Gateway, limits: CallLimits) -> GatewayService {
-        GatewayService { gateway, limits }
+    pub(crate) fn new(gateway: Gateway, limits: CallLimits, stop: CancellationToken) -> GatewayService {
+        GatewayService { gateway, limits, stop }
     }
 }
 
-impl CallLimits {
+impl Deadlines {
     /// Until when a call with these headers may take, counted from now: from their arrival.
     pub(crate) fn deadline(&self, headers: &HeaderMap) -> Deadline {
-        let asked = headers
-            .get("grpc-timeout")
-            .and_then(|value| timeout(value.to_str().ok()?));
-        Deadline(Instant::now() + asked.unwrap_or(self.deadline_default).min(self.deadline_max))
+        Deadline(Instant::now() + asked(headers).unwrap_or(self.default).min(self.max))
     }
 }
+
+/// Until when a stream with these headers may last: for as long as its client said, or without end.
+pub(crate) fn stream_deadline(headers: &HeaderMap) -> StreamDeadline {
+    StreamDeadline(asked(headers).and_then(|asked| Instant::now().checked_add(asked)))
+}
+
+/// How much time a client gives a call.
+fn asked(headers: &HeaderMap) -> Option<Duration> {
+    timeout(headers.get("grpc-timeout")?.to_str().ok()?)
+}
+
+/// A stream's deadline, if it has one, which the router leaves with the request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StreamDeadline(Option<Instant>);
 
 /// A call's deadline, which the router leaves with the request.
 #[derive(Debug, Clone, Copy)]
@@ -79,12 +110,94 @@ impl GatewayRpc for GatewayService {
         Ok(Response::new(convert::put_response(written)))
     }
 
+    async fn batch_get(&self, request: Request<BatchGetRequest>) -> Result<Response<BatchGetResponse>, Status> {
+        let deadline = deadline(&request);
+        let (keys, options) = convert::batch_get(request.get_ref()).map_err(to_status)?;
+        let answers = self.gateway.get_all(&keys, options, deadline).await;
+        Ok(Response::new(convert::batch_get_response(answers)))
+    }
+
+    async fn batch_write(&self, request: Request<BatchWriteRequest>) -> Result<Response<BatchWriteResponse>, Status> {
+        let deadline = deadline(&request);
+        let items = convert::batch_write(request.into_inner(), self.limits.value_bytes_max).map_err(to_status)?;
+        let mut valid = Vec::with_capacity(items.len());
+        // What is invalid has its answer; what is not has its place.
+        let judged: Vec<Option<Error>> = items
+            .into_iter()
+            .map(|item| item.map(|write| valid.push(write)).err())
+            .collect();
+        let mut outcomes = self.gateway.write_all(valid, deadline).await.into_iter();
+        let outcome = |invalid: Option<Error>| match invalid {
+            Some(error) => Err(error),
+            None => outcomes.next().unwrap_or_else(|| Err(unanswered())),
+        };
+        let results = judged.into_iter().map(outcome).map(convert::write_result).collect();
+        Ok(Response::new(BatchWriteResponse { results }))
+    }
+
+    type WriteStreamStream = Answers;
+
+    async fn write_stream(&self, request: Request<Streaming<WriteStreamRequest>>) -> Result<Response<Answers>, Status> {
+        let deadline = request.extensions().get::<StreamDeadline>().and_then(|given| given.0);
+        let writes = Writes::new(self.gateway.clone(), self.limits, deadline);
+        Ok(Response::new(writes.start(request.into_inner(), self.stop.clone())))
+    }
+
+    async fn scan(&self, request: Request<ScanRequest>) -> Result<Response<ScanResponse>, Status> {
+        let deadline = deadline(&request);
+        let scan = convert::scan(request.into_inner()).map_err(to_status)?;
+        let page = self.gateway.scan(scan, deadline).await.map_err(to_status)?;
+        Ok(Response::new(convert::scan_response(page)))
+    }
+
+    async fn touch(&self, request: Request<TouchRequest>) -> Result<Response<TouchResponse>, Status> {
+        let deadline = deadline(&request);
+        let touch = convert::touch(request.get_ref()).map_err(to_status)?;
+        let touched = self.gateway.touch(touch, deadline).await.map_err(to_status)?;
+        Ok(Response::new(convert::touch_response(touched)))
+    }
+
+    async fn increment(&self, request: Request<IncrementRequest>) -> Result<Response<IncrementResponse>, Status> {
+        let deadline = deadline(&request);
+        let increment = convert::increment(request.get_ref()).map_err(to_status)?;
+        let counted = self.gateway.increment(increment, deadline).await.map_err(to_status)?;
+        Ok(Response::new(convert::increment_response(counted)))
+    }
+
+    async fn await_persisted(
+        &self,
+        request: Request<AwaitPersistedRequest>,
+    ) -> Result<Response<AwaitPersistedResponse>, Status> {
+        let deadline = deadline(&request);
+        let answer = match convert::await_persisted(request.get_ref()).map_err(to_status)? {
+            AwaitedWrite::One(key, version) => {
+                let stored = self.gateway.await_persisted(&key, version, deadline).await;
+                AwaitPersistedResponse {
+                    version: stored
+                        .map_err(|error| to_status_about(error, "version"))?
+                        .map_or(0, Version::get),
+                    dead_lettered: 0,
+                }
+            }
+            AwaitedWrite::All => AwaitPersistedResponse {
+                version: 0,
+                dead_lettered: self.gateway.await_all_persisted(deadline).await.map_err(to_status)?,
+            },
+        };
+        Ok(Response::new(answer))
+    }
+
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
         let deadline = deadline(&request);
         let write = convert::delete(request.get_ref()).map_err(to_status)?;
         let written = self.gateway.write(write, deadline).await.map_err(to_status)?;
         Ok(Response::new(convert::delete_response(written)))
     }
+}
+
+/// Of a write of a batch; each has its answer.
+fn unanswered() -> Error {
+    Error::new(ErrorKind::Internal, "a write of the batch was not answered").unknown()
 }
 
 /// A `grpc-timeout`: up to eight digits and a unit. What is not one is no timeout, as gRPC's servers have it.

@@ -1,4 +1,4 @@
-//! Collects what nobody can read any more: tombstones and expired rows, once their retention is over.
+//! Collects what nobody can read any more: tombstones and expired rows, once their retention is over. And forgets requests, once their window is.
 //!
 //! Owns when and in what steps. Does not own which rows (the backends, by the store's clock), nor the horizon that each step raises before
 //! it deletes (the backends, too). A collected tombstone no longer refuses an older write; the horizon does so in its stead, and refuses
@@ -40,6 +40,10 @@ async fn collect(store: &Store, retention: Duration, interval: Duration, metrics
             Ok(rows) => tracing::info!(rows, "tombstones and expired rows are collected"),
             Err(error) => tracing::warn!(%error, "collecting old rows failed; it is tried again at the next interval"),
         }
+        // By itself: what keeps rows from being collected, as a transaction without end, keeps no request.
+        if let Err(error) = forget(&mut session).await {
+            tracing::warn!(%error, "forgetting old requests failed; it is tried again at the next interval");
+        }
     }
 }
 
@@ -53,6 +57,11 @@ async fn round(session: &mut Session, retention: Duration, metrics: &StoreMetric
             return Ok(rows);
         }
     }
+}
+
+async fn forget(session: &mut Session) -> Result<(), StoreError> {
+    while session.forget_requests(STEP_ROWS_MAX).await? >= u64::from(STEP_ROWS_MAX) {}
+    Ok(())
 }
 
 #[cfg(test)]
@@ -79,6 +88,7 @@ mod tests {
                 expires_at: None,
             },
             tags: Tags::default(),
+            requests: Vec::new(),
         });
     }
 

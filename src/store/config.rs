@@ -33,12 +33,20 @@ pub struct Config {
     pub waiting_commits_max: NonZeroUsize,
     /// How many bytes of write-through writes may wait for a commit to begin; further ones are refused. Default: 64 MiB.
     pub waiting_commits_bytes_max: NonZeroUsize,
+    /// Connections that decide writes which depend on what stands (conditions, counters, request ids); never more than the store can use at
+    /// once (SQLite: one). Default: 2. More lowers the wait for a decision to begin, and makes those of one key wait for each other's locks.
+    pub decide_connections: NonZeroUsize,
     /// Connections that load what the caches lack. Default: 2.
     pub load_connections: NonZeroUsize,
-    /// The most keys of one load query. Default: 128. This many of the largest values are in memory at once for each connection.
+    /// The most keys of one load query. Default: 1,000. Whatever this is, a query brings up 16 MiB of values, and one value more, at most; the keys
+    /// beyond are asked for in another.
     pub load_batch_keys_max: NonZeroUsize,
     /// How many reads may wait for a load query to begin; further ones are refused. Default: 10,000.
     pub waiting_loads_max: NonZeroUsize,
+    /// Connections that find the rows of scans, each made when it is first needed. Default: 4.
+    pub scan_connections: NonZeroUsize,
+    /// How many scans may wait for one of them; further ones are refused. Default: 256.
+    pub waiting_scans_max: NonZeroUsize,
     /// How long a deleted or expired row is kept. Default: 7 days. Longer than `call_timeout` and every `write_delay`. A write-behind write
     /// that reaches the store later than this after it was stamped, as from a gateway that was cut off, goes to the dead letters if its key
     /// has no row: it could bring back what was deleted after it. Shorter saves room. Of several gateways the shortest counts.
@@ -60,9 +68,12 @@ impl Default for Config {
             commit_batch_bytes_max: count::<{ 4 << 20 }>(),
             waiting_commits_max: count::<10_000>(),
             waiting_commits_bytes_max: count::<{ 64 << 20 }>(),
+            decide_connections: count::<2>(),
             load_connections: count::<2>(),
-            load_batch_keys_max: count::<128>(),
+            load_batch_keys_max: count::<1_000>(),
             waiting_loads_max: count::<10_000>(),
+            scan_connections: count::<4>(),
+            waiting_scans_max: count::<256>(),
             tombstone_retention: Duration::from_secs(7 * 24 * 3600),
             collect_interval: Duration::from_secs(600),
         }

@@ -7,6 +7,8 @@
 //! What a call does, in order: [`FakeBackend::down`], then the faults queued with [`FakeBackend::inject`], then
 //! [`FakeBackend::script`]; none of them: it takes effect at once. All time is tokio's, so tests may pause it.
 
+mod decide;
+
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashMap, VecDeque},
@@ -24,10 +26,13 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    model::{Entry, Epoch, Key, Tags, Timestamp, Version, Write},
+    model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Tags, Timestamp, Version, Write},
     store::{
-        Backend, Claimant, Committed, Connection, Control, DeadLetter, NAMESPACE_EPOCHS_MAX, NODE_LEASE,
-        NamespaceMoved, NodeGrant, Store, StoreError, StoreErrorKind,
+        Backend, Claimant, Committed, Connection, Control, DeadLetter, LOAD_BYTES_MAX, NAMESPACE_EPOCHS_MAX,
+        NODE_LEASE, NamespaceMoved, NodeGrant, Store, StoreError, StoreErrorKind,
+        fake::decide::Requests,
+        operation::{Decided, Operation, RangeRow},
+        requests::of_answers,
     },
 };
 
@@ -62,8 +67,20 @@ pub enum Call {
     Tagged,
     /// [`Connection::keys_below`].
     KeysBelow,
+    /// [`Connection::rows_below`].
+    RowsBelow,
     /// [`Connection::newest`].
     Newest,
+    /// [`Connection::decide`].
+    Decide,
+    /// [`Connection::remember`].
+    Remember,
+    /// [`Connection::answers`].
+    Answers,
+    /// [`Connection::forget_requests`].
+    ForgetRequests,
+    /// [`Connection::is_buried`].
+    IsBuried,
 }
 
 /// What goes wrong in one call: first what it waits for, then how it ends.
@@ -191,6 +208,9 @@ struct State {
     /// Commits of [`Fault::land_later`].
     landing: Vec<Vec<Write>>,
     dead_letters: Vec<DeadLetter>,
+    requests: Requests,
+    /// The operations of every transaction that was begun.
+    decisions: Vec<Vec<(Key, Version)>>,
     leases: BTreeMap<u16, Lease>,
     nodes_max: u16,
     down: bool,
@@ -224,6 +244,8 @@ impl Default for FakeBackend {
             history: HashMap::new(),
             landing: Vec::new(),
             dead_letters: Vec::new(),
+            requests: Requests::new(),
+            decisions: Vec::new(),
             leases: BTreeMap::new(),
             nodes_max: 1023,
             down: false,
@@ -337,6 +359,16 @@ impl FakeBackend {
         self.state.lock().dead_letters.clone()
     }
 
+    /// What is remembered of a request.
+    pub fn answer_of(&self, namespace: &str, id: &RequestId) -> Option<Answered> {
+        self.state.lock().answer_of(namespace, id)
+    }
+
+    /// The operations of every transaction that was begun, in order.
+    pub fn decisions(&self) -> Vec<Vec<(Key, Version)>> {
+        self.state.lock().decisions.clone()
+    }
+
     /// How many calls of a kind were begun.
     pub fn calls(&self, call: Call) -> usize {
         self.state.lock().calls.get(&call).copied().unwrap_or_default()
@@ -402,8 +434,9 @@ impl State {
 
     fn apply(&mut self, writes: &[Write]) -> Vec<Committed> {
         let committed_at = self.clock.now();
+        self.remember_writes(writes);
         let mut results = Vec::with_capacity(writes.len());
-        for Write { key, entry, tags } in writes {
+        for Write { key, entry, tags, .. } in writes {
             let standing = self.rows.get(key).map(|row| row.entry.version);
             results.push(match (standing, self.horizon) {
                 (Some(standing), _) if standing > entry.version => Committed::Superseded { standing },
@@ -656,8 +689,14 @@ impl Connection for FakeConnection {
         );
         self.state.lock().loads.push(keys.to_vec());
         self.call(Call::Load, |state| {
-            let entry = |key| state.rows.get(key).map(|row| row.entry.clone());
-            Ok(keys.iter().map(entry).collect())
+            let mut bytes = 0;
+            let within = |entry: &Option<Entry>| {
+                let before = bytes;
+                bytes += entry.as_ref().map_or(0, Entry::value_bytes);
+                before <= LOAD_BYTES_MAX
+            };
+            let entries = keys.iter().map(|key| state.rows.get(key).map(|row| row.entry.clone()));
+            Ok(entries.take_while(within).collect())
         })
         .await
     }
@@ -686,6 +725,7 @@ impl Connection for FakeConnection {
             if !state.dead_letters.iter().any(same) {
                 state.dead_letters.push(letter.clone());
             }
+            state.remember_writes(std::slice::from_ref(&letter.write));
             Ok(())
         })
         .await
@@ -778,6 +818,69 @@ impl Connection for FakeConnection {
             .await
     }
 
+    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+        assert!(
+            operations.is_sorted_by(|a, b| (&a.key, a.version) <= (&b.key, b.version)),
+            "the operations of a transaction are not sorted by key and version"
+        );
+        let sent = operations.iter().map(|one| (one.key.clone(), one.version)).collect();
+        self.state.lock().decisions.push(sent);
+        self.call(Call::Decide, |state| state.decide(operations)).await
+    }
+
+    async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError> {
+        self.call(Call::Remember, |state| {
+            state.remember(&of_answers(answers));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn answers(&mut self, requests: &[(&str, &RequestId)]) -> Result<Vec<Option<Answered>>, StoreError> {
+        self.call(Call::Answers, |state| {
+            let answer = |(namespace, id): &(&str, &RequestId)| state.answer_of(namespace, id);
+            Ok(requests.iter().map(answer).collect())
+        })
+        .await
+    }
+
+    async fn forget_requests(&mut self, rows_max: u32) -> Result<u64, StoreError> {
+        self.call(Call::ForgetRequests, |state| Ok(state.forget_requests(rows_max)))
+            .await
+    }
+
+    async fn rows_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<RangeRow>, StoreError> {
+        let has_prefix = |key: &Key, _: &Row| key.key().starts_with(prefix);
+        self.call(Call::RowsBelow, |state| {
+            let keys = state.keys(namespace, after, limit, has_prefix);
+            let row = |key: Key| {
+                let entry = &state.rows.get(&key)?.entry;
+                Some(RangeRow {
+                    version: entry.version,
+                    expires_at: entry.expires_at,
+                    value_bytes: entry.value.as_ref().map(bytes::Bytes::len),
+                    key,
+                })
+            };
+            Ok(keys.into_iter().filter_map(row).collect())
+        })
+        .await
+    }
+
+    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
+        self.call(Call::IsBuried, |state| {
+            let is_it = |letter: &DeadLetter| letter.write.key == *key && letter.write.entry.version == version;
+            Ok(state.dead_letters.iter().any(is_it))
+        })
+        .await
+    }
+
     fn reset(&mut self) {
         self.in_call = false;
     }
@@ -796,6 +899,7 @@ mod tests {
                 expires_at: (number == 3).then_some(Timestamp(1)),
             },
             tags: Tags::new(tags).expect("valid"),
+            requests: Vec::new(),
         }
     }
 

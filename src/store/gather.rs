@@ -53,6 +53,13 @@ pub(super) struct Gatherer<Q, R> {
     taken: Outcome,
 }
 
+/// A question's place in the line. Who drops it does not want the answer any more.
+#[must_use = "a question whose answer nobody awaits is asked for nothing"]
+pub(super) struct Place<R> {
+    number: u64,
+    answer: oneshot::Receiver<Result<R, Error>>,
+}
+
 struct Line<Q, R> {
     /// By order of arrival.
     waiting: BTreeMap<u64, Waiting<Q, R>>,
@@ -101,7 +108,41 @@ impl<Q, R> Gatherer<Q, R> {
         if breaker.is_open() {
             return Err(store_down());
         }
-        let (number, mut answer) = self.join(question, weight)?;
+        let place = self.line.lock().enter(question, weight, &self.bounds)?;
+        self.arrived.notify_one();
+        self.wait(place, deadline, breaker).await
+    }
+
+    /// Puts questions into the line with nothing between them, so that one batch takes them all, as far as its bounds let it: a place for
+    /// each, to be waited at with [`Gatherer::wait`].
+    ///
+    /// # Errors
+    /// Of each: `Overloaded` where the line is full, `Unavailable` while the breaker is open, and when the line is closed.
+    pub(super) fn join_all(
+        &self,
+        questions: impl IntoIterator<Item = (Q, usize)>,
+        breaker: &Breaker,
+    ) -> Vec<Result<Place<R>, Error>> {
+        let questions = questions.into_iter();
+        if breaker.is_open() {
+            return questions.map(|_| Err(store_down())).collect();
+        }
+        let places = {
+            let mut line = self.line.lock();
+            questions
+                .map(|(question, weight)| line.enter(question, weight, &self.bounds))
+                .collect()
+        };
+        self.arrived.notify_one();
+        places
+    }
+
+    /// Waits for the answer to a question that is in the line, or was taken from it: as [`Gatherer::ask`].
+    ///
+    /// # Errors
+    /// As of [`Gatherer::ask`], but for `Overloaded`.
+    pub(super) async fn wait(&self, place: Place<R>, deadline: Instant, breaker: &Breaker) -> Result<R, Error> {
+        let Place { number, mut answer } = place;
         tokio::select! {
             biased;
             answered = &mut answer => return self.answered(answered),
@@ -160,36 +201,6 @@ impl<Q, R> Gatherer<Q, R> {
         }
     }
 
-    fn join(&self, question: Q, weight: usize) -> Result<(u64, oneshot::Receiver<Result<R, Error>>), Error> {
-        let (answer, receiver) = oneshot::channel();
-        let number = {
-            let mut line = self.line.lock();
-            if line.closed {
-                return Err(shutting_down());
-            }
-            let full = line.waiting.len() >= self.bounds.waiting_max
-                || line.bytes.saturating_add(weight) > self.bounds.waiting_bytes_max;
-            if full && !line.waiting.is_empty() {
-                return Err(
-                    Error::new(ErrorKind::Overloaded, "too many calls are waiting for the store")
-                        .retry_after(RETRY_AFTER_FULL),
-                );
-            }
-            let number = line.arrivals;
-            line.arrivals += 1;
-            line.bytes += weight;
-            let waiting = Waiting {
-                question,
-                weight,
-                answer,
-            };
-            line.waiting.insert(number, waiting);
-            number
-        };
-        self.arrived.notify_one();
-        Ok((number, receiver))
-    }
-
     fn answered(&self, answered: Result<Result<R, Error>, oneshot::error::RecvError>) -> Result<R, Error> {
         answered.unwrap_or_else(|_| {
             // It ends only with the process, in order or not.
@@ -218,6 +229,31 @@ impl<Q, R> Gatherer<Q, R> {
 }
 
 impl<Q, R> Line<Q, R> {
+    fn enter(&mut self, question: Q, weight: usize, bounds: &Bounds) -> Result<Place<R>, Error> {
+        if self.closed {
+            return Err(shutting_down());
+        }
+        let full =
+            self.waiting.len() >= bounds.waiting_max || self.bytes.saturating_add(weight) > bounds.waiting_bytes_max;
+        if full && !self.waiting.is_empty() {
+            return Err(
+                Error::new(ErrorKind::Overloaded, "too many calls are waiting for the store")
+                    .retry_after(RETRY_AFTER_FULL),
+            );
+        }
+        let number = self.arrivals;
+        self.arrivals += 1;
+        self.bytes += weight;
+        let (sender, answer) = oneshot::channel();
+        let waiting = Waiting {
+            question,
+            weight,
+            answer: sender,
+        };
+        self.waiting.insert(number, waiting);
+        Ok(Place { number, answer })
+    }
+
     fn take(&mut self, bounds: &Bounds) -> Option<Vec<(Q, Answer<R>)>> {
         let mut batch = Vec::with_capacity(self.waiting.len().min(bounds.batch_max));
         let mut bytes = 0usize;

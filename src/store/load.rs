@@ -21,7 +21,7 @@ use crate::{
     model::{Entry, Key},
     store::{
         Config, Session, Store, StoreError, StoreErrorKind,
-        gather::{Answer, Bounds, Gatherer, RETRY_AFTER, shutting_down, store_down},
+        gather::{Answer, Bounds, Gatherer, Place, RETRY_AFTER, shutting_down, store_down},
     },
     telemetry::StoreMetrics,
 };
@@ -50,7 +50,7 @@ impl GroupLoad {
     pub fn new(store: Store, config: &Config, metrics: StoreMetrics) -> GroupLoad {
         let bounds = Bounds {
             waiting_max: config.waiting_loads_max.get(),
-            // Keys are bounded one by one.
+            // Keys are bounded one by one, and the values of an answer by the store.
             waiting_bytes_max: usize::MAX,
             batch_max: config.load_batch_keys_max.get(),
             batch_bytes_max: usize::MAX,
@@ -101,7 +101,36 @@ impl GroupLoad {
         };
         self.line.ask(ask, key.bytes(), deadline, self.store.breaker()).await
     }
+
+    /// Asks for the entries of keys, each as [`GroupLoad::load`] would, and all in one query as far as its bounds let it. What came of each
+    /// is to be had from [`GroupLoad::answer`].
+    ///
+    /// # Errors
+    /// Of each key: `Overloaded` and `Unavailable`.
+    pub fn ask_all<'a>(&self, keys: impl IntoIterator<Item = &'a Key>, deadline: Instant) -> Vec<Result<Asked, Error>> {
+        let asks = keys.into_iter().map(|key| {
+            let ask = Ask {
+                key: key.clone(),
+                deadline,
+            };
+            (ask, key.bytes())
+        });
+        let places = self.line.join_all(asks, self.store.breaker());
+        places.into_iter().map(|place| place.map(Asked)).collect()
+    }
+
+    /// Waits for the entry of a key that was asked for.
+    ///
+    /// # Errors
+    /// As of [`GroupLoad::load`].
+    pub async fn answer(&self, asked: Asked, deadline: Instant) -> Result<Option<Entry>, Error> {
+        self.line.wait(asked.0, deadline, self.store.breaker()).await
+    }
 }
+
+/// A key that was asked for. Dropped before its query was sent, the key is skipped.
+#[must_use = "a key whose entry nobody awaits is asked for nothing"]
+pub struct Asked(Place<Option<Entry>>);
 
 /// A caller's question, on its way.
 struct Caller {
@@ -197,8 +226,16 @@ fn distinct(callers: &[Caller]) -> Vec<Key> {
     keys
 }
 
-/// Gives every caller its key's entry. Both sides are sorted by key.
-fn answer(callers: Vec<Caller>, keys: &[Key], entries: Vec<Option<Entry>>) -> Vec<Vec<Caller>> {
+/// Gives every caller its key's entry. Both sides are sorted by key. Those whose keys were beyond the bytes of one answer go on in another query.
+fn answer(mut callers: Vec<Caller>, keys: &[Key], entries: Vec<Option<Entry>>) -> Vec<Vec<Caller>> {
+    let beyond = match keys.get(entries.len()) {
+        Some(_) if entries.is_empty() => {
+            let error = || Error::new(ErrorKind::Internal, "the store answers a load with nothing");
+            return fail(callers, error);
+        }
+        Some(first) => callers.split_off(callers.partition_point(|caller| caller.key < *first)),
+        None => Vec::new(),
+    };
     let mut found = keys.iter().zip(entries).peekable();
     for caller in callers {
         while found.next_if(|(key, _)| **key < caller.key).is_some() {}
@@ -207,7 +244,7 @@ fn answer(callers: Vec<Caller>, keys: &[Key], entries: Vec<Option<Entry>>) -> Ve
             let _gone = caller.answer.send(Ok(entry.clone()));
         }
     }
-    Vec::new()
+    if beyond.is_empty() { Vec::new() } else { vec![beyond] }
 }
 
 /// After a rejected query: its halves, or the error where it held one key.
@@ -230,7 +267,7 @@ fn fail(callers: Vec<Caller>, error: impl Fn() -> Error) -> Vec<Vec<Caller>> {
     Vec::new()
 }
 
-fn refused_for_now(error: &StoreError) -> Error {
+pub(super) fn refused_for_now(error: &StoreError) -> Error {
     Error::new(ErrorKind::Unavailable, "the store answers no reads at present")
         .retry_after(RETRY_AFTER)
         .because(error.to_string())

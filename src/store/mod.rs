@@ -5,7 +5,8 @@
 //! store is a max-register per key, so a commit may be repeated; an error of a commit says whether it may have taken effect; a
 //! key whose row was collected stays absent for every version at or below the horizon, so what was deleted never comes back.
 //!
-//! In reading order: this file, [`commit`] (write-through shares commits), [`load`] (misses share queries), [`watch`] (whether the
+//! In reading order: this file, [`commit`] (write-through shares commits), [`operation`] and [`decisions`] (what only the
+//! store can decide), [`load`] (misses share queries), [`ranges`] (scans), [`watch`] (whether the
 //! store answers), [`control`] (what all gateways of a store share), [`node`] (the lease of a node id), [`collect`] (old tombstones), then the backends.
 
 pub mod breaker;
@@ -13,15 +14,22 @@ pub mod collect;
 pub mod commit;
 mod config;
 pub mod control;
+mod decide;
+pub mod decisions;
 #[cfg(test)]
 pub mod fake;
 mod gather;
 pub mod load;
+mod lookups;
 pub mod node;
+pub mod operation;
 pub mod postgres;
 mod prefix;
+pub mod ranges;
+mod requests;
 mod session;
 pub mod sqlite;
+mod tries;
 mod verdict;
 pub mod watch;
 
@@ -33,7 +41,9 @@ use std::{error, fmt, time::Duration};
 
 use async_trait::async_trait;
 
-use crate::model::{Entry, Epoch, Key, Version, Write};
+use crate::model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Version, Write};
+
+use self::operation::{Decided, Operation, RangeRow};
 
 /// What the store did with one write of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,6 +172,9 @@ pub struct NodeGrant {
 /// How long a lease of a node id lasts beyond its last renewal, before another gateway may take it.
 pub const NODE_LEASE: Duration = Duration::from_secs(24 * 3600);
 
+/// How many bytes of values one call of [`Connection::load`] brings up, and one value more: so much is in memory twice for a moment.
+pub const LOAD_BYTES_MAX: usize = 16 << 20;
+
 /// How many namespaces have an epoch of their own at a time, give or take those that get theirs at once: every gateway reads all of them each
 /// second.
 pub const NAMESPACE_EPOCHS_MAX: u32 = 1_000;
@@ -196,12 +209,43 @@ pub trait Backend: Send + Sync + 'static {
 #[async_trait]
 pub trait Connection: Send {
     /// The entries of keys, tombstones included, in the order of `keys`; `None` for a key without a row. Keys are distinct.
-    /// Sees every commit that was answered before the call.
+    /// Sees every commit that was answered before the call. Ends after the first value with which all of them are more than [`LOAD_BYTES_MAX`]
+    /// together: then the answer is shorter than `keys`, and never empty where those are not.
     async fn load(&mut self, keys: &[Key]) -> Result<Vec<Option<Entry>>, StoreError>;
 
     /// Applies writes in one transaction: all of them, each unless the store holds something newer or may have collected it, or (on an
-    /// error) none. Keys are distinct and sorted. What happened to each, in the order of `writes`.
+    /// error) none. Keys are distinct and sorted. What happened to each, in the order of `writes`. In the same transaction it remembers
+    /// the answered requests of all of them, whether the store takes the write or not; one that is known stays as it is.
     async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError>;
+
+    /// Decides operations in one transaction, and applies those that can be: all of these, or (on an error) none. Sorted by key, then by
+    /// version: of one key each sees what the one before it left, and what the last one left is written. What became of each, in their order.
+    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError>;
+
+    /// Remembers how requests were answered whose writes are not written by [`Connection::commit`]. One that is known stays as it is.
+    async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError>;
+
+    /// What is remembered of requests, each named by its namespace and its id, in their order. One whose window is over may be answered or not.
+    async fn answers(&mut self, requests: &[(&str, &RequestId)]) -> Result<Vec<Option<Answered>>, StoreError>;
+
+    /// Forgets up to `rows_max` requests whose window is over for a minute by the store's clock, for no gateway's clock is further behind: how many.
+    async fn forget_requests(&mut self, rows_max: u32) -> Result<u64, StoreError>;
+
+    /// The rows of a namespace whose keys begin with `prefix`, live or not, in order, from the first one after `after`; at most `limit`. If they
+    /// are fewer there are no more. A prefix holds no NUL.
+    ///
+    /// # Errors
+    /// As of [`Connection::tagged`].
+    async fn rows_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<RangeRow>, StoreError>;
+
+    /// Whether the dead-letter table holds exactly this version of a key.
+    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError>;
 
     /// Writes a harmless row to the table of entries and takes it back: an error means that the table refuses every row.
     async fn probe(&mut self) -> Result<(), StoreError>;

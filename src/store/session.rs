@@ -11,7 +11,10 @@ use super::{
     Backend, Claimant, Committed, Connection, Control, DeadLetter, NodeGrant, StoreError, StoreErrorKind,
     breaker::Breaker,
 };
-use crate::model::{Entry, Epoch, Key, Version, Write};
+use crate::{
+    model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Version, Write},
+    store::operation::{Decided, Operation, RangeRow},
+};
 
 /// The store as the rest of the gateway has it: a backend, and one breaker for all sessions.
 #[derive(Clone)]
@@ -74,6 +77,54 @@ impl Session {
     /// [`Connection::commit`].
     pub async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
         let call = self.connection.commit(writes);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::decide`].
+    pub async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+        let call = self.connection.decide(operations);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::remember`].
+    pub async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError> {
+        let call = self.connection.remember(answers);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::answers`].
+    pub async fn answers(&mut self, requests: &[(&str, &RequestId)]) -> Result<Vec<Option<Answered>>, StoreError> {
+        let call = self.connection.answers(requests);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::forget_requests`].
+    pub async fn forget_requests(&mut self, rows_max: u32) -> Result<u64, StoreError> {
+        let call = self.connection.forget_requests(rows_max);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::rows_below`].
+    pub async fn rows_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<RangeRow>, StoreError> {
+        let call = self.connection.rows_below(namespace, prefix, after, limit);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::is_buried`].
+    pub async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
+        let call = self.connection.is_buried(key, version);
         let result = bounded(self.call_timeout, call).await;
         self.note(result)
     }

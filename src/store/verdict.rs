@@ -102,6 +102,7 @@ mod tests {
                     expires_at: None,
                 },
                 tags: Tags::default(),
+                requests: Vec::new(),
             })
             .to_vec()
     }

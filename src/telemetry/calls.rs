@@ -38,15 +38,36 @@ pub enum Method {
     Put,
     /// `tidegate.v1.Gateway/Delete`
     Delete,
+    /// `tidegate.v1.Gateway/BatchGet`
+    BatchGet,
+    /// `tidegate.v1.Gateway/BatchWrite`
+    BatchWrite,
+    /// `tidegate.v1.Gateway/WriteStream`: one call for each stream.
+    WriteStream,
+    /// `tidegate.v1.Gateway/Scan`
+    Scan,
+    /// `tidegate.v1.Gateway/Touch`
+    Touch,
+    /// `tidegate.v1.Gateway/Increment`
+    Increment,
+    /// `tidegate.v1.Gateway/AwaitPersisted`
+    AwaitPersisted,
     /// Health checks, reflection, and paths that do not exist.
     Other,
 }
 
 impl Method {
-    const ALL: [(Method, &str); 4] = [
+    const ALL: [(Method, &str); 11] = [
         (Method::Get, "Get"),
         (Method::Put, "Put"),
         (Method::Delete, "Delete"),
+        (Method::BatchGet, "BatchGet"),
+        (Method::BatchWrite, "BatchWrite"),
+        (Method::WriteStream, "WriteStream"),
+        (Method::Scan, "Scan"),
+        (Method::Touch, "Touch"),
+        (Method::Increment, "Increment"),
+        (Method::AwaitPersisted, "AwaitPersisted"),
         (Method::Other, "other"),
     ];
 }

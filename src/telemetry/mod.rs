@@ -135,6 +135,8 @@ pub enum CommitPath {
     Through,
     /// The drain of the queue.
     Behind,
+    /// The store decides.
+    Decided,
 }
 
 impl EncodeLabelValue for CommitPath {
@@ -142,6 +144,7 @@ impl EncodeLabelValue for CommitPath {
         encoder.write_str(match self {
             CommitPath::Through => "through",
             CommitPath::Behind => "behind",
+            CommitPath::Decided => "decided",
         })
     }
 }

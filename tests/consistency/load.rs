@@ -169,6 +169,7 @@ impl Session {
             namespace: keys::namespace(self.classes[key]).to_owned(),
             key: keys::name(key),
             write_mode: mode.number(),
+            ..DeleteRequest::default()
         };
         let send = async |front: &Front, session| {
             let mut stub = front.client(replica, session).stub();

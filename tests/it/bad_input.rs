@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use bytes::{Bytes, BytesMut};
 use prost_types::Duration;
-use tidegate::rpc::proto::{DeleteRequest, GetRequest, PutRequest, ReadConsistency};
+use tidegate::rpc::proto::{
+    AwaitPersistedRequest, BatchGetRequest, BatchWriteRequest, Condition, DeleteRequest, GetRequest, IncrementRequest,
+    PutRequest, ReadConsistency, ScanRequest, TouchRequest, WriteItem, write_item::Operation,
+};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -16,6 +19,20 @@ use crate::harness::{
 
 const GET: &str = "/tidegate.v1.Gateway/Get";
 const PUT: &str = "/tidegate.v1.Gateway/Put";
+
+/// Every method of the service.
+const METHODS: [&str; 10] = [
+    "Get",
+    "Put",
+    "Delete",
+    "BatchGet",
+    "BatchWrite",
+    "WriteStream",
+    "Scan",
+    "Touch",
+    "Increment",
+    "AwaitPersisted",
+];
 
 /// 36,525 days.
 const TTL_SECONDS_MAX: i64 = 36_525 * 86_400;
@@ -30,6 +47,7 @@ fn put() -> PutRequest {
         write_mode: Mode::Default.number(),
         ttl: None,
         tags: Vec::new(),
+        ..PutRequest::default()
     }
 }
 
@@ -54,6 +72,7 @@ fn delete() -> DeleteRequest {
         namespace: "orders".into(),
         key: "key".into(),
         write_mode: Mode::Default.number(),
+        ..DeleteRequest::default()
     }
 }
 
@@ -246,6 +265,225 @@ async fn unknown_numbers_of_enums_are_named() {
     assert_nothing_changed(&gateway, &database).await;
 }
 
+/// Conditions that are none, and the field at fault.
+fn bad_conditions() -> [(Condition, &'static str); 7] {
+    let condition = |existence, version| Condition { existence, version };
+    [
+        (condition(0, 0), "condition"),
+        (condition(1, 1), "condition"),
+        (condition(2, i64::MAX), "condition"),
+        (condition(0, -1), "condition.version"),
+        (condition(0, i64::MIN), "condition.version"),
+        (condition(3, 0), "condition.existence"),
+        (condition(-1, 7), "condition.existence"),
+    ]
+}
+
+#[tokio::test]
+async fn a_bad_condition_is_named() {
+    let (gateway, database) = gateway().await;
+    for (condition, field) in bad_conditions() {
+        let put = PutRequest {
+            condition: Some(condition),
+            write_mode: Mode::Through.number(),
+            ..put()
+        };
+        assert_blames(&gateway.client.stub().put(put).await.expect_err("bad"), &[field]);
+        let delete = DeleteRequest {
+            condition: Some(condition),
+            ..delete()
+        };
+        assert_blames(&gateway.client.stub().delete(delete).await.expect_err("bad"), &[field]);
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn a_condition_is_not_written_behind() {
+    let (gateway, database) = gateway().await;
+    let conditions = [(1, 0), (2, 0), (0, 7)];
+    for (existence, version) in conditions {
+        let condition = Some(Condition { existence, version });
+        let put = PutRequest {
+            condition,
+            write_mode: Mode::Behind.number(),
+            ..put()
+        };
+        assert_blames(&gateway.client.stub().put(put).await.expect_err("bad"), &["write_mode"]);
+        let delete = DeleteRequest {
+            condition,
+            write_mode: Mode::Behind.number(),
+            ..delete()
+        };
+        assert_blames(
+            &gateway.client.stub().delete(delete).await.expect_err("bad"),
+            &["write_mode"],
+        );
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn a_bad_request_id_is_named_by_every_method() {
+    let (gateway, database) = gateway().await;
+    for request_id in ["a\0b".to_owned(), "x".repeat(65), "é".repeat(33)] {
+        let put = PutRequest {
+            request_id: request_id.clone(),
+            ..put()
+        };
+        assert_put_is_blamed_on(&gateway, &put, &["request_id"]).await;
+        let mut stub = gateway.client.stub();
+        let delete = DeleteRequest {
+            request_id: request_id.clone(),
+            ..delete()
+        };
+        assert_blames(&stub.delete(delete).await.expect_err("bad"), &["request_id"]);
+        let touch = TouchRequest {
+            request_id: request_id.clone(),
+            ..touch()
+        };
+        assert_blames(&stub.touch(touch).await.expect_err("bad"), &["request_id"]);
+        let increment = IncrementRequest {
+            request_id,
+            ..increment()
+        };
+        assert_blames(&stub.increment(increment).await.expect_err("bad"), &["request_id"]);
+    }
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+fn touch() -> TouchRequest {
+    TouchRequest {
+        namespace: "orders".into(),
+        key: "key".into(),
+        ..TouchRequest::default()
+    }
+}
+
+fn increment() -> IncrementRequest {
+    IncrementRequest {
+        namespace: "orders".into(),
+        key: "key".into(),
+        ..IncrementRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn a_bad_touch_or_increment_is_named() {
+    let (gateway, database) = gateway().await;
+    let mut stub = gateway.client.stub();
+    for (seconds, nanos) in [(0, 0), (-1, 0), (1, -1), (TTL_SECONDS_MAX, 1), (i64::MAX, 0)] {
+        let ttl = Some(Duration { seconds, nanos });
+        let request = TouchRequest { ttl, ..touch() };
+        assert_blames(&stub.touch(request).await.expect_err("bad"), &["ttl"]);
+        let request = IncrementRequest { ttl, ..increment() };
+        assert_blames(&stub.increment(request).await.expect_err("bad"), &["ttl"]);
+    }
+    let request = IncrementRequest {
+        delta: Some(0),
+        ..increment()
+    };
+    assert_blames(&stub.increment(request).await.expect_err("bad"), &["delta"]);
+    let request = IncrementRequest {
+        delta: Some(0),
+        ..IncrementRequest::default()
+    };
+    let named = ["namespace", "key", "delta"];
+    assert_blames(&stub.increment(request).await.expect_err("bad"), &named);
+    let nothing = TouchRequest::default();
+    assert_blames(&stub.touch(nothing).await.expect_err("bad"), &["namespace", "key"]);
+    assert_nothing_changed(&gateway, &database).await;
+}
+
+#[tokio::test]
+async fn a_wait_for_half_a_write_is_refused() {
+    let (gateway, _database) = gateway().await;
+    for (namespace, key, version, fields) in [
+        ("orders", "", 0, &["key", "version"][..]),
+        ("orders", "key", 0, &["version"]),
+        ("orders", "key", -1, &["version"]),
+        ("", "key", 7, &["namespace"]),
+        ("", "", 7, &["namespace", "key"]),
+        ("Orders", "a\0b", i64::MIN, &["namespace", "key", "version"]),
+    ] {
+        let request = AwaitPersistedRequest {
+            namespace: namespace.into(),
+            key: key.into(),
+            version,
+        };
+        let status = gateway.client.stub().await_persisted(request).await.expect_err("bad");
+        assert_blames(&status, fields);
+    }
+}
+
+#[tokio::test]
+async fn bad_keys_of_a_batch_are_named_by_their_places() {
+    let (gateway, _database) = gateway().await;
+    let request = |keys: Vec<String>| BatchGetRequest {
+        namespace: "orders".into(),
+        keys,
+        ..BatchGetRequest::default()
+    };
+    let mut stub = gateway.client.stub();
+    for count in [0, 1_001] {
+        let keys = vec!["key".to_owned(); count];
+        assert_blames(&stub.batch_get(request(keys)).await.expect_err("bad"), &["keys"]);
+    }
+    let mut keys = vec!["key".to_owned(); 20];
+    let bad = bad_keys();
+    for (index, key) in bad.iter().enumerate() {
+        keys[index * 5 + 2].clone_from(key);
+    }
+    let named = ["keys[2]", "keys[7]", "keys[12]", "keys[17]"];
+    assert_blames(&stub.batch_get(request(keys)).await.expect_err("bad"), &named);
+    // The status of a thousand mistakes is still one that a client can read.
+    let status = stub
+        .batch_get(request(vec![String::new(); 1_000]))
+        .await
+        .expect_err("bad");
+    let first: Vec<String> = (0..10).map(|index| format!("keys[{index}]")).collect();
+    assert_blames(&status, &first.iter().map(String::as_str).collect::<Vec<_>>());
+    let everything = BatchGetRequest {
+        namespace: "?".into(),
+        keys: vec![String::new()],
+        consistency: 9,
+        max_staleness: Some(Duration::default()),
+    };
+    let named = ["namespace", "keys[0]", "consistency", "max_staleness"];
+    assert_blames(&stub.batch_get(everything).await.expect_err("bad"), &named);
+}
+
+#[tokio::test]
+async fn a_bad_page_is_refused() {
+    let (gateway, _database) = gateway().await;
+    let scan = || ScanRequest {
+        namespace: "orders".into(),
+        ..ScanRequest::default()
+    };
+    let mut stub = gateway.client.stub();
+    for namespace in bad_namespaces() {
+        let request = ScanRequest { namespace, ..scan() };
+        assert_blames(&stub.scan(request).await.expect_err("bad"), &["namespace"]);
+    }
+    for prefix in ["a\0b".to_owned(), "k".repeat(1_025)] {
+        let request = ScanRequest { prefix, ..scan() };
+        assert_blames(&stub.scan(request).await.expect_err("bad"), &["prefix"]);
+    }
+    for page_size in [-1, 1_001, i32::MIN, i32::MAX] {
+        let request = ScanRequest { page_size, ..scan() };
+        assert_blames(&stub.scan(request).await.expect_err("bad"), &["page_size"]);
+    }
+    for page_bytes in [-1, 3 * 1024 * 1024 + 1, i32::MIN, i32::MAX] {
+        let request = ScanRequest { page_bytes, ..scan() };
+        assert_blames(&stub.scan(request).await.expect_err("bad"), &["page_bytes"]);
+    }
+    let request = ScanRequest {
+        page_token: "t".repeat(10_000),
+        ..scan()
+    };
+    assert_blames(&stub.scan(request).await.expect_err("bad"), &["page_token"]);
+}
+
 #[tokio::test]
 async fn all_bad_fields_are_named_at_once() {
     let (gateway, database) = gateway().await;
@@ -373,8 +611,9 @@ async fn bytes_that_are_no_message_are_invalid() {
         &[0x0a, 0x03, b'a'],
         &[0x80],
     ] {
-        for path in [GET, PUT, "/tidegate.v1.Gateway/Delete"] {
-            let answer = wire.call(path, &[], frame(0, bytes.len(), bytes)).await;
+        for method in METHODS {
+            let path = format!("/tidegate.v1.Gateway/{method}");
+            let answer = wire.call(&path, &[], frame(0, bytes.len(), bytes)).await;
             assert_sensible(&format!("{bytes:?} to {path}"), &answer, &[Code::InvalidArgument]);
         }
     }
@@ -390,6 +629,25 @@ async fn text_that_is_not_utf8_is_blamed_on_its_field() {
     assert_blames(answer.status.as_ref().expect("a status"), &["key"]);
     let answer = wire.call(GET, &[], frame(0, 5, b"\x0a\x03\xed\xa0\x80")).await;
     assert_blames(answer.status.as_ref().expect("a status"), &["namespace"]);
+    // A text of one byte that is none, in other fields of other messages; the last is the key of an item.
+    for (method, number, field) in [
+        ("Put", 6, "tags"),
+        ("Put", 8, "request_id"),
+        ("Delete", 5, "request_id"),
+        ("Touch", 4, "request_id"),
+        ("Increment", 5, "request_id"),
+        ("BatchGet", 2, "keys"),
+        ("Scan", 2, "prefix"),
+        ("Scan", 5, "page_token"),
+        ("AwaitPersisted", 2, "key"),
+    ] {
+        let path = format!("/tidegate.v1.Gateway/{method}");
+        let answer = wire.call(&path, &[], frame(0, 3, &[number << 3 | 2, 1, 0xff])).await;
+        assert_blames(answer.status.as_ref().expect("a status"), &[field]);
+    }
+    let item = frame(0, 7, b"\x0a\x05\x0a\x03\x12\x01\xff");
+    let answer = wire.call("/tidegate.v1.Gateway/BatchWrite", &[], item).await;
+    assert_blames(answer.status.as_ref().expect("a status"), &["key"]);
     assert_nothing_changed(&gateway, &database).await;
 }
 
@@ -403,6 +661,13 @@ async fn a_message_over_the_transport_limit_is_refused_unread() {
     };
     let answer = wire.call(PUT, &[], message(&large)).await;
     assert_sensible("16 MiB", &answer, &[Code::ResourceExhausted]);
+    let batch = BatchWriteRequest {
+        items: vec![WriteItem {
+            operation: Some(Operation::Put(large)),
+        }],
+    };
+    let of_many = wire.call("/tidegate.v1.Gateway/BatchWrite", &[], message(&batch)).await;
+    assert_do_not_come_back(&of_many.status.expect("a status"), Code::ResourceExhausted, "TOO_LARGE");
     assert_do_not_come_back(&answer.status.expect("a status"), Code::ResourceExhausted, "TOO_LARGE");
     // The length alone is enough: nobody waits for 4 GiB, or makes room for them.
     let answer = wire.call(PUT, &[], frame(0, u32::MAX as usize, b"")).await;

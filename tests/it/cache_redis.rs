@@ -130,6 +130,7 @@ impl Replica {
             key: key.clone(),
             entry: entry.clone(),
             tags: Tags::default(),
+            requests: Vec::new(),
         };
         let copy = Copy::new(Some(entry.clone()), at, lifetime);
         self.publish(&write, &copy, hold, Duration::ZERO).await

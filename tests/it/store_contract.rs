@@ -92,7 +92,7 @@ impl Fixture {
     }
 
     /// Makes everything that can be collected an hour old.
-    async fn age(&self) {
+    pub async fn age(&self) {
         let hour = now() - 3_600_000;
         self.execute(
             &format!(
@@ -111,7 +111,7 @@ impl Fixture {
     }
 
     /// From now on the table refuses rows whose value is `poison`.
-    async fn refuse_poison(&self) {
+    pub async fn refuse_poison(&self) {
         self.execute(
             "alter table tidegate_entries add constraint no_poison check (value <> 'poison')",
             "create trigger no_poison before insert on tidegate_entries when new.value = cast('poison' as blob)
@@ -146,6 +146,7 @@ pub fn write(name: &str, number: i64, value: Option<&str>) -> Write {
         key: key("orders", name),
         entry: entry(number, value),
         tags: Tags::default(),
+        requests: Vec::new(),
     }
 }
 
@@ -297,6 +298,7 @@ async fn every_valid_key_is_itself(fixture: Fixture) {
             key: key(&namespace, name),
             entry: entry(number, Some(name)),
             tags: Tags::default(),
+            requests: Vec::new(),
         })
         .collect();
     commit(connection, writes.clone()).await;
@@ -309,12 +311,14 @@ async fn every_valid_key_is_itself(fixture: Fixture) {
         key: key.clone(),
         entry: entry(100, None),
         tags: Tags::default(),
+        requests: Vec::new(),
     });
     commit(connection, late.collect()).await;
     let lost = keys.iter().map(|key| Write {
         key: key.clone(),
         entry: entry(50, None),
         tags: Tags::default(),
+        requests: Vec::new(),
     });
     let lost = commit(connection, lost.collect()).await;
     assert!(
@@ -499,6 +503,7 @@ fn order_and_repetition_do_not_matter(runtime: &tokio::runtime::Runtime, fixture
             key: key(&namespace, &format!("k{name}")),
             entry: entry(number, (number % 3 != 0).then_some("v")),
             tags: Tags::default(),
+            requests: Vec::new(),
         };
         runtime.block_on(async {
             let connection = &mut *fixture.connection();
@@ -521,6 +526,7 @@ fn order_and_repetition_do_not_matter(runtime: &tokio::runtime::Runtime, fixture
                         key,
                         entry,
                         tags: Tags::default(),
+                        requests: Vec::new(),
                     })
                     .collect();
                 connection.commit(&batch).await.expect("commits");
@@ -919,7 +925,7 @@ async fn the_view_shows_live_records_only(fixture: Fixture) {
 }
 
 /// Lets a call take so many steps at most, and some time more after the last. Whether it ended.
-async fn take_steps(call: impl Future, steps: usize, pause: Duration) -> bool {
+pub async fn take_steps(call: impl Future, steps: usize, pause: Duration) -> bool {
     let (mut call, mut left) = (pin!(call), steps);
     let ended = poll_fn(|context| {
         left -= 1;
@@ -1550,6 +1556,7 @@ async fn updates_without_index(tags: &Tags) -> u32 {
     for number in 1..=40 {
         let batch = (0..20).map(|n| Write {
             tags: tags.clone(),
+            requests: Vec::new(),
             ..write(&format!("{n:02}"), number, Some("value"))
         });
         commit(&mut *connection, batch.collect()).await;

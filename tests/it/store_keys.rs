@@ -20,6 +20,7 @@ fn tags(tags: &[&str]) -> Tags {
 fn tagged_write(name: &str, number: i64, of: &[&str]) -> Write {
     Write {
         tags: tags(of),
+        requests: Vec::new(),
         ..write(name, number, Some("value"))
     }
 }

@@ -60,7 +60,9 @@ impl Ledger {
     fn note_write(&self, key: Key, value: Option<Bytes>, outcome: Result<Written, Error>) {
         let state = &mut *self.state.lock();
         match outcome {
-            Ok(Written { version, durability }) => {
+            Ok(Written {
+                version, durability, ..
+            }) => {
                 match durability {
                     Durability::Store => state.met.through += 1,
                     Durability::Journal | Durability::Memory => state.met.behind += 1,
@@ -144,6 +146,9 @@ async fn caller(gateway: Gateway, ledger: Arc<Ledger>, mut rng: StdRng) {
                 ttl: None,
                 mode: Some([Through, Behind][rng.random_range(0..2)]),
                 tags: Tags::default(),
+                condition: None,
+                request: None,
+                await_persisted: false,
             };
             let outcome = gateway.write(request, deadline).await;
             ledger.note_write(key, value, outcome);

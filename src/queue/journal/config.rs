@@ -76,7 +76,7 @@ impl Config {
         within("idle_sync", self.idle_sync, DAY)
     }
 
-    /// The most bytes that a key, its value and its tags may have together for a write to fit.
+    /// The most bytes that a key, its value, its tags and its request id may have together for a write to fit.
     pub fn write_bytes_max(&self) -> usize {
         self.buffer_bytes() - CHARGE_OVERHEAD_BYTES - RECORD_FRAME_BYTES
     }

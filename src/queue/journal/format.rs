@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use prost::Message;
 
-use crate::model::{Entry, Key, Tags, Timestamp, Version, Write};
+use crate::model::{Answer, Answered, Entry, Fingerprint, Key, Request, RequestId, Tags, Timestamp, Version, Write};
 
 /// The generated code of `tidegate.journal.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
@@ -196,8 +196,9 @@ pub(super) fn find_header(mark: u64, bytes: &[u8]) -> Option<usize> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Malformed;
 
-/// A record as it lies in a group: its length, then the message.
+/// A record as it lies in a group: its length, then the message. Of its requests it has the first: a write that is accepted has no other.
 pub(super) fn encode_record(write: &Write) -> Vec<u8> {
+    let request = write.requests.first().map(|answered| &answered.request);
     proto::Record {
         namespace: write.key.namespace().to_owned(),
         key: write.key.key().to_owned(),
@@ -205,6 +206,11 @@ pub(super) fn encode_record(write: &Write) -> Vec<u8> {
         value: write.entry.value.clone(),
         expire_time_millis: write.entry.expires_at.map(|at| at.0),
         tags: write.tags.iter().map(str::to_owned).collect(),
+        request_id: request.map_or_else(String::new, |request| request.id.as_str().to_owned()),
+        request_fingerprint: request
+            .map_or_else(Vec::new, |request| request.fingerprint.0.to_vec())
+            .into(),
+        request_end_millis: request.map_or(0, |request| request.ends_at.0),
     }
     .encode_length_delimited_to_vec()
 }
@@ -212,6 +218,17 @@ pub(super) fn encode_record(write: &Write) -> Vec<u8> {
 /// The write that a record holds.
 pub(super) fn decode_record(mut record: &[u8]) -> Result<Write, Malformed> {
     let record = proto::Record::decode_length_delimited(&mut record).map_err(|_| Malformed)?;
+    let requests = match decode_request(&record)? {
+        Some(request) => vec![Answered {
+            request,
+            answer: Answer {
+                version: Version::new(record.version).ok_or(Malformed)?,
+                counter: None,
+                expires_at: record.expire_time_millis.map(Timestamp),
+            },
+        }],
+        None => Vec::new(),
+    };
     Ok(Write {
         key: Key::new(&record.namespace, &record.key).map_err(|_| Malformed)?,
         entry: Entry {
@@ -220,7 +237,20 @@ pub(super) fn decode_record(mut record: &[u8]) -> Result<Write, Malformed> {
             expires_at: record.expire_time_millis.map(Timestamp),
         },
         tags: Tags::new(&record.tags).map_err(|_| Malformed)?,
+        requests,
     })
+}
+
+/// The request that a record's write came with.
+fn decode_request(record: &proto::Record) -> Result<Option<Request>, Malformed> {
+    if record.request_id.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Request {
+        id: RequestId::new(&record.request_id).map_err(|_| Malformed)?,
+        fingerprint: Fingerprint(record.request_fingerprint.as_ref().try_into().map_err(|_| Malformed)?),
+        ends_at: Timestamp(record.request_end_millis),
+    }))
 }
 
 /// The version of a record of which nothing else matters.
@@ -275,6 +305,7 @@ mod tests {
                 expires_at: expires_at.map(Timestamp),
             },
             tags: Tags::default(),
+            requests: Vec::new(),
         }
     }
 
@@ -303,6 +334,7 @@ mod tests {
             write(None, Some(-1)),
             Write {
                 tags: Tags::new(&["κόκκινο", "a\"b"]).expect("valid"),
+                requests: Vec::new(),
                 ..write(Some(b"tagged"), None)
             },
         ];

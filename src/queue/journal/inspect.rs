@@ -182,7 +182,8 @@ pub fn repair(fs: Arc<dyn JournalFs>, config: &Config) -> Result<Repair, Journal
     let unusable = |source| JournalError::unusable(&*fs, None, source);
     // One that an interrupted repair left stands in the way.
     recover::remove_spares(&*fs, &salvage.spares).map_err(unusable)?;
-    let kept: Vec<Found> = salvage.harvest.newest;
+    let kept_writes = salvage.harvest.newest.len();
+    let kept = salvage.harvest.into_found();
     let config = config.not_below(salvage.bytes_max);
     let segments = Segments::first(
         Arc::clone(&fs),
@@ -215,7 +216,7 @@ pub fn repair(fs: Arc<dyn JournalFs>, config: &Config) -> Result<Repair, Journal
     }
     Ok(Repair {
         refusal: Some(refusal),
-        kept_writes: kept.len(),
+        kept_writes,
         set_aside,
     })
 }

@@ -134,7 +134,8 @@ impl JournalError {
 /// What an earlier process left in the journal.
 #[derive(Debug)]
 pub struct Recovered {
-    /// The newest write of each key that was not released, with its record. Whether the store has it by now is not known.
+    /// The newest write of each key that was not released, with its record; then the older ones with a request id that is still remembered.
+    /// Whether the store has them by now is not known.
     pub writes: Vec<(Write, Record)>,
     /// The highest version of all that was read, released or not, but for those far ahead of the wall clock
     /// ([`is_far_ahead`](crate::clock::is_far_ahead)): the clock must start above it. Those, as from a machine whose clock was wrong, would

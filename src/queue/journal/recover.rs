@@ -68,7 +68,8 @@ pub(super) fn open(fs: Arc<dyn JournalFs>, config: &Config, metrics: JournalMetr
     let segments = arrange(&fs, config, segments, active, next_record)
         .map_err(|source| JournalError::unusable(&*fs, None, source))?;
 
-    let found = harvest.newest;
+    let high_water = harvest.high_water;
+    let found = harvest.into_found();
     let live = found.iter().map(|found| (found.number, found.charge));
     let start = Start {
         sequence: next_sequence,
@@ -82,7 +83,7 @@ pub(super) fn open(fs: Arc<dyn JournalFs>, config: &Config, metrics: JournalMetr
     Ok(Opened {
         writer: Writer::new(shared, segments, released_below, config),
         found,
-        high_water: harvest.high_water,
+        high_water,
         took,
         bytes,
     })

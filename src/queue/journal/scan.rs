@@ -5,8 +5,8 @@
 //! is therefore a torn tail: it was never acknowledged. Damage with one behind it is a fault of the disk, or somebody's doing.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
-    io,
+    collections::{BTreeMap, HashMap, hash_map::Entry},
+    io, mem,
 };
 
 use foldhash::fast::RandomState;
@@ -309,6 +309,8 @@ pub(super) struct Harvest {
     pub(super) newest: Vec<Found>,
     /// Where each key is among them.
     places: HashMap<Key, usize, RandomState>,
+    /// Of those that are older than the newest of their key, the ones with a request id that is still remembered.
+    older: HashMap<Key, BTreeMap<Version, Found>, RandomState>,
     /// The highest version of all records, released ones too.
     pub(super) highest: Option<Version>,
     /// The same without those that are far ahead of the wall clock: what the next process must stamp above.
@@ -322,6 +324,7 @@ impl Harvest {
             now,
             newest: Vec::new(),
             places: HashMap::default(),
+            older: HashMap::default(),
             highest: None,
             high_water: None,
         }
@@ -352,14 +355,27 @@ impl Harvest {
                 }
                 Entry::Occupied(place) => {
                     let standing = &mut self.newest[*place.get()];
+                    let (versions, mut older) = ((standing.write.entry.version, found.write.entry.version), found);
                     // Of a record and its copy the copy stands, which lies in the younger segment.
-                    if standing.write.entry.version <= found.write.entry.version {
-                        *standing = found;
+                    if versions.0 <= versions.1 {
+                        mem::swap(standing, &mut older);
+                    }
+                    if versions.0 != versions.1 && is_remembered(&older.write, self.now) {
+                        let key = older.write.key.clone();
+                        let of_key = self.older.entry(key).or_default();
+                        of_key.insert(older.write.entry.version, older);
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// All that a restart brings back: the newest write of each key, then what is older for the sake of its request id.
+    pub(super) fn into_found(self) -> Vec<Found> {
+        let mut found = self.newest;
+        found.extend(self.older.into_values().flat_map(BTreeMap::into_values));
+        found
     }
 
     fn note(&mut self, version: Version) {
@@ -397,4 +413,9 @@ impl Harvest {
         }
         Ok(harvest)
     }
+}
+
+/// Whether the store may have to be told of the request that a write came with.
+fn is_remembered(write: &Write, now: Timestamp) -> bool {
+    write.requests.iter().any(|answered| now < answered.request.ends_at)
 }

@@ -27,7 +27,7 @@ pub(in crate::queue) struct Share {
 }
 
 impl Share {
-    /// How many keys have a pending write.
+    /// How many writes are pending: the newest of each key, and the older ones whose request ids are owed.
     pub(in crate::queue) fn entries(&self) -> usize {
         self.admissions.len()
     }

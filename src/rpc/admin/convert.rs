@@ -128,7 +128,7 @@ fn chosen(fields: &[(&'static str, bool)], violations: &mut Vec<FieldViolation>)
             let others: Vec<&str> = others.iter().map(|(field, _)| *field).collect();
             violate(
                 violations,
-                field,
+                *field,
                 format!("or {} must be given, and not empty", others.join(" or ")),
             );
         }
@@ -262,9 +262,13 @@ fn duration(duration: Duration) -> Option<prost_types::Duration> {
 mod tests {
     use super::*;
 
-    fn fields<T: std::fmt::Debug>(outcome: Result<T, Error>) -> Vec<&'static str> {
+    fn fields<T: std::fmt::Debug>(outcome: Result<T, Error>) -> Vec<String> {
         let error = outcome.expect_err("refused");
-        error.violations().iter().map(|violation| violation.field).collect()
+        error
+            .violations()
+            .iter()
+            .map(|violation| violation.field.to_string())
+            .collect()
     }
 
     fn invalidation() -> proto::InvalidateRequest {

@@ -45,7 +45,7 @@ use crate::{
         reflection::Reflection,
         router::{Call, answer, not_grpc, own_status, unimplemented},
         serve::{ACCEPT_REST, FLUSH_WAIT, HEALTH_MESSAGE_BYTES_MAX},
-        service::CallLimits,
+        service::Deadlines,
     },
     telemetry::calls::CallMetrics,
 };
@@ -162,14 +162,14 @@ impl Admin {
             "grpc.health.v1.Health" => false,
             _ => return unimplemented(),
         };
-        let limits = match request.uri().path() {
+        let deadlines = match request.uri().path() {
             "/tidegate.v1.Admin/Warm" => &UNHURRIED,
-            _ => &LIMITS,
+            _ => &DEADLINES,
         };
-        let deadline = limits.deadline(request.headers());
+        let deadline = deadlines.deadline(request.headers());
         request.extensions_mut().insert(deadline);
         let arrives_by = deadline.0.min(Instant::now() + DEADLINE_DEFAULT);
-        let request = request.map(|body| Arrival::new(body, arrives_by));
+        let request = request.map(|body| Arrival::new(body, Some(arrives_by)));
         if is_admin {
             answer(self.admin.clone().call(request))
         } else {
@@ -178,17 +178,15 @@ impl Admin {
     }
 }
 
-const LIMITS: CallLimits = CallLimits {
-    // Nobody sends one.
-    value_bytes_max: 0,
-    deadline_default: DEADLINE_DEFAULT,
-    deadline_max: DEADLINE_MAX,
+const DEADLINES: Deadlines = Deadlines {
+    default: DEADLINE_DEFAULT,
+    max: DEADLINE_MAX,
 };
 
 /// The same of a call that takes as long as it takes.
-const UNHURRIED: CallLimits = CallLimits {
-    deadline_default: DEADLINE_MAX,
-    ..LIMITS
+const UNHURRIED: Deadlines = Deadlines {
+    default: DEADLINE_MAX,
+    max: DEADLINE_MAX,
 };
 
 impl hyper::service::Service<Request<Incoming>> for Admin {

@@ -1,5 +1,7 @@
 //! Commits on the store in memory, in paused time: each row of the table in the module's head, and all at once under random faults.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use prometheus_client::registry::Registry;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -10,10 +12,14 @@ use crate::{
     clock::Clock,
     model::{Entry, Key, Tags},
     store::{
+        StoreErrorKind,
         fake::{Call, FakeBackend, Fault, eventually},
+        gather::RETRY_AFTER,
         load::GroupLoad,
+        tries::TRIES_MAX,
         watch,
     },
+    telemetry::CommitLabels,
 };
 
 /// The bound on a call of the fake store's sessions.
@@ -70,6 +76,7 @@ fn write(name: &str, number: i64) -> Write {
             expires_at: None,
         },
         tags: Tags::default(),
+        requests: Vec::new(),
     }
 }
 
@@ -561,6 +568,7 @@ impl Caller {
                 key: key.clone(),
                 entry,
                 tags: Tags::default(),
+                requests: Vec::new(),
             };
             let patience = Duration::from_millis(self.rng.random_range(1..3_000));
             let Ok(result) = timeout(patience, commits.commit(write, deadline)).await else {

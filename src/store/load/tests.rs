@@ -51,6 +51,7 @@ fn write(name: &str, version: i64) -> Write {
             expires_at: None,
         },
         tags: Tags::default(),
+        requests: Vec::new(),
     }
 }
 

@@ -14,18 +14,24 @@ use sqlx::{
 };
 
 use crate::{
-    model::{Entry, Epoch, Key, Timestamp, Version, Write},
+    model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write},
     store::{
-        Claimant, Committed, Connection, Control, DeadLetter, NODE_LEASE, NodeGrant, StoreError, StoreErrorKind,
+        Claimant, Committed, Connection, Control, DeadLetter, LOAD_BYTES_MAX, NODE_LEASE, NodeGrant, StoreError,
+        StoreErrorKind,
+        operation::{Decided, Operation, RangeRow},
         postgres::{
             Dialler,
             collect::collect,
-            control,
+            control, decide,
             failure::Failure,
-            keys,
-            statements::{BURY, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE, STANDING, UPSERT},
+            keys, requests,
+            statements::{
+                BURY, BURY_AND_REMEMBER, HORIZON, IS_BURIED, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE,
+                STANDING, UPSERT, UPSERT_AND_REMEMBER,
+            },
             time::WireTime,
         },
+        requests::of_writes,
         verdict::{Verdict, no_control_row},
     },
 };
@@ -183,6 +189,53 @@ impl Connection for PostgresConnection {
         self.settle(session, result)
     }
 
+    /// A session that ended while it waited for this call is no reason to fail it: nothing was applied, so it is dialled anew, once.
+    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+        let mut session = self.take().await?;
+        let mut result = decide::decide(&mut session, operations).await;
+        if matches!(&result, Err(failure) if failure.ends_session && failure.error.kind == StoreErrorKind::Transient) {
+            session = self.dialler.session().await?;
+            result = decide::decide(&mut session, operations).await;
+        }
+        self.settle(session, result)
+    }
+
+    async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError> {
+        let mut session = self.take().await?;
+        let result = requests::remember(&mut session, answers).await;
+        self.settle(session, result)
+    }
+
+    async fn answers(&mut self, requests: &[(&str, &RequestId)]) -> Result<Vec<Option<Answered>>, StoreError> {
+        let mut session = self.take().await?;
+        let result = requests::answers(&mut session, requests).await;
+        self.settle(session, result)
+    }
+
+    async fn forget_requests(&mut self, rows_max: u32) -> Result<u64, StoreError> {
+        let mut session = self.take().await?;
+        let result = requests::forget(&mut session, rows_max).await;
+        self.settle(session, result)
+    }
+
+    async fn rows_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<RangeRow>, StoreError> {
+        let mut session = self.take().await?;
+        let result = keys::rows_below(&mut session, (namespace, prefix), after, limit).await;
+        self.settle(session, result)
+    }
+
+    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
+        let mut session = self.take().await?;
+        let result = is_buried(&mut session, key, version).await;
+        self.settle(session, result)
+    }
+
     fn reset(&mut self) {
         self.idle = None;
     }
@@ -196,10 +249,16 @@ async fn load(session: &mut PgConnection, keys: &[Key]) -> Result<Vec<Option<Ent
     let rows = sqlx::query(LOAD)
         .bind(keys.iter().map(Key::namespace).bind_iter())
         .bind(keys.iter().map(Key::key).bind_iter())
+        .bind(LOAD_BYTES_MAX as i64)
         .fetch_all(session)
         .await?;
+    // Where the answer ends: rows come in any order.
+    let mut end = keys.len();
     for row in rows {
-        if let Some(slot) = slot(&mut entries, &row)? {
+        if row.try_get(4)? {
+            let position: i64 = row.try_get(0)?;
+            end = end.min(usize::try_from(position - 1).unwrap_or(0));
+        } else if let Some(slot) = slot(&mut entries, &row)? {
             let value: Option<&[u8]> = row.try_get(2)?;
             let expires_at: Option<WireTime> = row.try_get(3)?;
             *slot = Some(Entry {
@@ -209,6 +268,7 @@ async fn load(session: &mut PgConnection, keys: &[Key]) -> Result<Vec<Option<Ent
             });
         }
     }
+    entries.truncate(end);
     Ok(entries)
 }
 
@@ -216,10 +276,13 @@ async fn commit(session: &mut PgConnection, writes: &[Write]) -> Result<Vec<Comm
     if writes.is_empty() {
         return Ok(Vec::new());
     }
-    let upsert = sqlx::query(UPSERT);
+    let named = of_writes(writes);
+    let upsert = if named.is_empty() { UPSERT } else { UPSERT_AND_REMEMBER };
+    #[cfg(not(feature = "planted-faults"))]
+    let query = sqlx::query(upsert);
     #[cfg(feature = "planted-faults")]
-    let upsert = super::planted::or_unguarded(upsert);
-    let rows = upsert
+    let query = super::planted::or_unguarded(upsert);
+    let query = query
         .bind(writes.iter().map(|write| write.key.namespace()).bind_iter())
         .bind(writes.iter().map(|write| write.key.key()).bind_iter())
         .bind(writes.iter().map(|write| write.entry.version.get()).bind_iter())
@@ -230,9 +293,13 @@ async fn commit(session: &mut PgConnection, writes: &[Write]) -> Result<Vec<Comm
                 .map(|write| write.entry.expires_at.map(WireTime))
                 .bind_iter(),
         )
-        .bind(writes.iter().map(|write| keys::array_text(&write.tags)).bind_iter())
-        .fetch_all(&mut *session)
-        .await?;
+        .bind(writes.iter().map(|write| keys::array_text(&write.tags)).bind_iter());
+    let query = if named.is_empty() {
+        query
+    } else {
+        requests::bind(query, &named)
+    };
+    let rows = query.fetch_all(&mut *session).await?;
     #[cfg(feature = "planted-faults")]
     super::planted::forget_tombstones(session, writes).await?;
     if rows.len() == writes.len() {
@@ -293,7 +360,10 @@ async fn try_row(session: &mut PgConnection) -> Result<(), Failure> {
 }
 
 /// Rolls back and waits for it. Left to its drop, the driver's transaction may spoil the next `begin` of the session.
-async fn roll_back<T>(transaction: Transaction<'_, sqlx::Postgres>, result: Result<T, Failure>) -> Result<T, Failure> {
+pub(super) async fn roll_back<T>(
+    transaction: Transaction<'_, sqlx::Postgres>,
+    result: Result<T, Failure>,
+) -> Result<T, Failure> {
     if !matches!(&result, Err(failure) if failure.ends_session) {
         transaction.rollback().await?;
     }
@@ -302,17 +372,34 @@ async fn roll_back<T>(transaction: Transaction<'_, sqlx::Postgres>, result: Resu
 
 async fn bury(session: &mut PgConnection, letter: &DeadLetter) -> Result<(), Failure> {
     let DeadLetter { write, code, .. } = letter;
-    sqlx::query(BURY)
+    let named = of_writes(std::slice::from_ref(write));
+    let query = sqlx::query(if named.is_empty() { BURY } else { BURY_AND_REMEMBER })
         .bind(write.key.namespace())
         .bind(write.key.key())
         .bind(write.entry.version.get())
         .bind(write.entry.value.as_deref())
         .bind(write.entry.expires_at.map(WireTime))
         .bind(code.as_deref())
-        .bind(letter.kept_reason())
-        .execute(session)
-        .await?;
+        .bind(letter.kept_reason());
+    let query = if named.is_empty() {
+        query
+    } else {
+        requests::bind(query, &named)
+    };
+    // To its end: the server commits after the last row.
+    query.fetch_all(session).await?;
     Ok(())
+}
+
+async fn is_buried(session: &mut PgConnection, key: &Key, version: Version) -> Result<bool, Failure> {
+    let rows = sqlx::query(IS_BURIED)
+        .bind(key.namespace())
+        .bind(key.key())
+        .bind(version.get())
+        .fetch_all(session)
+        .await?;
+    let row = rows.first();
+    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or_default())
 }
 
 async fn lease_node(session: &mut PgConnection, claimant: &Claimant) -> Result<NodeGrant, Failure> {
@@ -371,7 +458,7 @@ async fn update_node(
 }
 
 /// The place that a row of a query `with ordinality` belongs to. It counts from one.
-fn slot<'a, T>(slots: &'a mut [T], row: &PgRow) -> Result<Option<&'a mut T>, Failure> {
+pub(super) fn slot<'a, T>(slots: &'a mut [T], row: &PgRow) -> Result<Option<&'a mut T>, Failure> {
     let position: i64 = row.try_get(0)?;
     let place = usize::try_from(position - 1).ok();
     Ok(place.and_then(|place| slots.get_mut(place)))

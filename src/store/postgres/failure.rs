@@ -68,6 +68,14 @@ impl Failure {
         }
     }
 
+    /// The same failure, of a transaction whose commit was not sent: the server rolls it back, if it has not.
+    pub(super) fn before_effect(mut self) -> Failure {
+        if self.error.kind == StoreErrorKind::Unknown {
+            self.error.kind = StoreErrorKind::Transient;
+        }
+        self
+    }
+
     /// The same failure, after an earlier statement of the call took effect.
     pub(super) fn after_effect(mut self) -> Failure {
         self.error.kind = StoreErrorKind::Unknown;

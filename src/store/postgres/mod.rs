@@ -12,11 +12,13 @@
 mod collect;
 mod connection;
 mod control;
+mod decide;
 mod failure;
 mod keys;
 #[cfg(feature = "planted-faults")]
 mod planted;
 mod preparation;
+mod requests;
 mod statements;
 mod time;
 mod url;
@@ -253,8 +255,10 @@ async fn migrate(mut connection: PgConnection) -> Result<(), StoreError> {
 /// Checks that the tables have every column that is used.
 async fn check_tables(mut connection: PgConnection) -> Result<(), StoreError> {
     let looked = sqlx::query(
-        "select e.collectable_at, e.tags, d.reason, n.high_water, c.gc_horizon, c.epoch, c.moved_at, c.cache_server, s.epoch, s.moved_at
-           from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c, tidegate_namespace_epochs s
+        "select e.collectable_at, e.tags, d.reason, n.high_water, c.gc_horizon, c.epoch, c.moved_at, c.cache_server, s.epoch, s.moved_at,
+                r.ends_at
+           from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c, tidegate_namespace_epochs s,
+                tidegate_requests r
           where false",
     )
     .fetch_all(&mut connection)

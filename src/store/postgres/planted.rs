@@ -8,19 +8,19 @@ use sqlx::{
     query::Query,
 };
 
-use super::{failure::Failure, statements::UPSERT};
+use super::failure::Failure;
 use crate::{
     model::Write,
     planted::{self, Fault},
 };
 
 /// The upsert, or with [`Fault::NoVersionGuard`] one that lets the last to come win.
-pub(super) fn or_unguarded(upsert: Query<'static, Postgres, PgArguments>) -> Query<'static, Postgres, PgArguments> {
+pub(super) fn or_unguarded(upsert: &'static str) -> Query<'static, Postgres, PgArguments> {
     const GUARD: &str = "where stored.version < excluded.version";
     if planted::is(Fault::NoVersionGuard) {
-        sqlx::query(AssertSqlSafe(UPSERT.replace(GUARD, "")))
+        sqlx::query(AssertSqlSafe(upsert.replace(GUARD, "")))
     } else {
-        upsert
+        sqlx::query(upsert)
     }
 }
 

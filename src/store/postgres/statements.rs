@@ -3,11 +3,15 @@
 //! Owns the texts, each constant, so that a session prepares it once. Does not own how they are called ([`super::connection`]). Invariants:
 //! rows of the entries are reached by their primary key or by the indexes for collection and of tags; only the upsert moves one, and only forward.
 
-/// The entries of keys, each with its place in the question.
+/// The entries of keys, each with its place in the question, and whether the values before it are more than the third parameter: then
+/// its own is left out. No value is read for its length.
 pub(super) const LOAD: &str = "
-    select wanted.position, e.version, e.value, e.expires_at
-      from unnest($1::text[], $2::text[]) with ordinality as wanted (namespace, key, position)
-      join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key";
+    select position, version, case when before <= $3 then value end, expires_at, before > $3
+      from (select wanted.position, e.version, e.value, e.expires_at,
+                   coalesce(sum(octet_length(e.value)) over (
+                       order by wanted.position rows between unbounded preceding and 1 preceding), 0) as before
+              from unnest($1::text[], $2::text[]) with ordinality as wanted (namespace, key, position)
+              join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key) as found";
 
 /// What stands on keys, the same way.
 pub(super) const STANDING: &str = "
@@ -34,6 +38,16 @@ pub(super) const KEYS_WITHIN: &str = "
 /// The same without an end.
 pub(super) const KEYS_FROM: &str = "
     select key from tidegate_entries where namespace = $1 and key >= $2 and key > $3 order by key limit $4";
+
+/// The rows of a range of the primary key, as [`KEYS_WITHIN`], with the length of their values.
+pub(super) const ROWS_WITHIN: &str = "
+    select key, version, expires_at, octet_length(value) from tidegate_entries
+     where namespace = $1 and key >= $2 and key > $3 and key < $5 order by key limit $4";
+
+/// The same without an end.
+pub(super) const ROWS_FROM: &str = "
+    select key, version, expires_at, octet_length(value) from tidegate_entries
+     where namespace = $1 and key >= $2 and key > $3 order by key limit $4";
 
 /// Live records by their versions.
 pub(super) const NEWEST: &str = "
@@ -78,10 +92,44 @@ pub(super) const MOVE_ALL_EPOCHS: &str = "
     )
     select count(*) from moved";
 
-/// The one rule. The tags of a row come as the text of an array, for a parameter has no arrays of unequal arrays. `now()` is when the statement began, which is before its commit by at most `statement_timeout`. Whatever is not above the
-/// horizon may move a row and never make one: the row is locked, so that it stays until this commits.
-pub(super) const UPSERT: &str = "
-    insert into tidegate_entries as stored (namespace, key, version, value, expires_at, tags, collectable_at)
+/// The requests to remember, sorted by their names: a common table expression over the parameters of these numbers. One that is known stays as
+/// it is, unless its window is over.
+macro_rules! remembered {
+    ($namespace:literal, $id:literal, $fingerprint:literal, $version:literal, $counter:literal, $expires_at:literal, $ends_at:literal,
+     $ended_before:literal) => {
+        concat!(
+            "remembered as (
+        insert into tidegate_requests as stored (namespace, request_id, fingerprint, version, counter, expires_at, ends_at)
+        select * from unnest(",
+            $namespace,
+            "::text[], ",
+            $id,
+            "::text[], ",
+            $fingerprint,
+            "::bytea[], ",
+            $version,
+            "::bigint[], ",
+            $counter,
+            "::bigint[], ",
+            $expires_at,
+            "::timestamptz[], ",
+            $ends_at,
+            "::timestamptz[])
+            on conflict (namespace, request_id) do update
+           set fingerprint = excluded.fingerprint, version = excluded.version, counter = excluded.counter,
+               expires_at = excluded.expires_at, ends_at = excluded.ends_at
+         where stored.ends_at < ",
+            $ended_before,
+            "
+        returning 1
+    )"
+        )
+    };
+}
+
+macro_rules! upsert {
+    () => {
+        "insert into tidegate_entries as stored (namespace, key, version, value, expires_at, tags, collectable_at)
     select namespace, key, version, value, expires_at, tags::text[],
            case when value is null or expires_at is not null then greatest(expires_at, now()) end
       from unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[], $5::timestamptz[], $6::text[])
@@ -94,7 +142,92 @@ pub(super) const UPSERT: &str = "
        set version = excluded.version, value = excluded.value,
            expires_at = excluded.expires_at, tags = excluded.tags, collectable_at = excluded.collectable_at
      where stored.version < excluded.version
- returning stored.namespace, stored.key";
+ returning stored.namespace, stored.key"
+    };
+}
+
+/// The one rule. The tags of a row come as the text of an array, for a parameter has no arrays of unequal arrays. `now()` is when the statement began, which is before its commit by at most `statement_timeout`. Whatever is not above the
+/// horizon may move a row and never make one: the row is locked, so that it stays until this commits.
+pub(super) const UPSERT: &str = upsert!();
+
+/// The same, and what its writes' requests are answered with.
+pub(super) const UPSERT_AND_REMEMBER: &str = concat!(
+    "with upserted as (",
+    upsert!(),
+    "), ",
+    remembered!("$7", "$8", "$9", "$10", "$11", "$12", "$13", "now()"),
+    " select namespace, key from upserted"
+);
+
+/// What requests are answered with.
+pub(super) const REMEMBER: &str = concat!(
+    "with ",
+    remembered!("$1", "$2", "$3", "$4", "$5", "$6", "$7", "now()"),
+    " select count(*) from remembered"
+);
+
+/// The same by another clock, in a transaction that takes it back.
+pub(super) const CLAIM: &str = concat!(
+    "with ",
+    remembered!("$1", "$2", "$3", "$4", "$5", "$6", "$7", "$8"),
+    " select count(*) from remembered"
+);
+
+/// What is remembered of requests, each with its place in the question, and the horizon. A row for each question.
+pub(super) const ANSWERS: &str = "
+    select wanted.position, (select gc_horizon from tidegate_control where id = 1),
+           known.fingerprint, known.version, known.counter, known.expires_at, known.ends_at
+      from unnest($1::text[], $2::text[]) with ordinality as wanted (namespace, id, position)
+      left join tidegate_requests known on known.namespace = wanted.namespace and known.request_id = wanted.id";
+
+/// What is over for a while. Gateways' clocks are not the server's, nor each other's, so for somewhat longer than they may be apart. No row is
+/// waited for.
+pub(super) const FORGET_REQUESTS: &str = "
+    delete from tidegate_requests
+     where ctid = any (array(
+           select ctid from tidegate_requests where ends_at < now() - interval '1 minute'
+            order by ends_at limit $1
+              for update skip locked))";
+
+/// The rows of keys, locked in the order of the keys until the transaction ends, so that what is decided of them holds. What a row holds comes along
+/// where it is asked for.
+pub(super) const LOCK: &str = "
+    select wanted.position, e.version, e.value is not null, e.expires_at,
+           case when wanted.content then e.value end, case when wanted.content then e.tags end
+      from unnest($1::text[], $2::text[], $3::boolean[]) with ordinality as wanted (namespace, key, content, position)
+      join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key
+     order by wanted.position
+       for update of e";
+
+/// What was decided, guarded by what was seen: the version of a row, which is locked, or that there is none. The horizon guards an insert as it does
+/// that of [`UPSERT`], for the same reason. How many of each were written: whoever misses one has to roll back.
+pub(super) const WRITE_DECIDED: &str = concat!(
+    "with batch as materialized (
+        select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[], $5::timestamptz[], $6::text[], $7::bigint[])
+               as batch (namespace, key, version, value, expires_at, tags, seen)
+    ), updated as (
+        update tidegate_entries as stored
+           set version = batch.version, value = batch.value, expires_at = batch.expires_at, tags = batch.tags::text[],
+               collectable_at = case when batch.value is null or batch.expires_at is not null then greatest(batch.expires_at, now()) end
+          from batch
+         where stored.namespace = batch.namespace and stored.key = batch.key and stored.version = batch.seen
+        returning 1
+    ), inserted as (
+        insert into tidegate_entries (namespace, key, version, value, expires_at, tags, collectable_at)
+        select namespace, key, version, value, expires_at, tags::text[],
+               case when value is null or expires_at is not null then greatest(expires_at, now()) end
+          from batch
+         where seen is null and version > (select gc_horizon from tidegate_control where id = 1)
+            on conflict (namespace, key) do nothing
+        returning 1
+    ), ",
+    remembered!("$8", "$9", "$10", "$11", "$12", "$13", "$14", "$15"),
+    " select (select count(*) from updated), (select count(*) from inserted), (select count(*) from remembered)"
+);
+
+/// Whether a dead letter is kept.
+pub(super) const IS_BURIED: &str = "
+    select exists (select from tidegate_dead_letters where namespace = $1 and key = $2 and version = $3)";
 
 /// A row under a key that no other session probes with.
 pub(super) const PROBE: &str = "
@@ -102,11 +235,25 @@ pub(super) const PROBE: &str = "
     values ('tidegate.probe', 'probe-' || pg_backend_pid(), 1, '')
         on conflict (namespace, key) do update set version = excluded.version";
 
-/// A dead letter, once.
-pub(super) const BURY: &str = "
-    insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
+macro_rules! bury {
+    () => {
+        "insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
     values ($1, $2, $3, $4, $5, $6, $7)
-        on conflict (namespace, key, version) do nothing";
+        on conflict (namespace, key, version) do nothing"
+    };
+}
+
+/// A dead letter, once.
+pub(super) const BURY: &str = bury!();
+
+/// The same, and what its write's requests are answered with.
+pub(super) const BURY_AND_REMEMBER: &str = concat!(
+    "with buried as (",
+    bury!(),
+    "), ",
+    remembered!("$8", "$9", "$10", "$11", "$12", "$13", "$14", "now()"),
+    " select count(*) from remembered"
+);
 
 /// Its own node, else one never used, else the one that was given back or lapsed longest ago: a node stays with its directory for as long
 /// as it can.

@@ -8,6 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures_util::TryStreamExt as _;
 use sqlx::{
     AssertSqlSafe, Connection as _, Row, Transaction,
     sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow},
@@ -15,16 +16,18 @@ use sqlx::{
 use tokio::sync::MutexGuard;
 
 use crate::{
-    model::{Entry, Epoch, Key, Timestamp, Version, Write},
+    model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write},
     store::{
-        Claimant, Committed, Connection, Control, DeadLetter, NodeGrant, StoreError, StoreErrorKind,
+        Claimant, Committed, Connection, Control, DeadLetter, LOAD_BYTES_MAX, NodeGrant, StoreError, StoreErrorKind,
+        operation::{Decided, Operation, RangeRow},
+        requests::of_writes,
         sqlite::{
-            DatabaseFile, control,
+            DatabaseFile, control, decide,
             failure::Failure,
-            keys,
+            keys, requests,
             statements::{
-                BURY, COLLECT, HORIZON, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, RENEW_NODE, STANDING,
-                UPSERT, pieces,
+                BURY, COLLECT, HORIZON, IS_BURIED, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, REMEMBER,
+                RENEW_NODE, STANDING, UPSERT, pieces,
             },
         },
         verdict::{Verdict, no_control_row},
@@ -215,6 +218,48 @@ impl Connection for SharedConnection {
         settle(&mut self.reader, reader, result)
     }
 
+    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = decide::decide(&mut writer, operations).await;
+        settle(&mut slot, writer, result)
+    }
+
+    async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = requests::remember(&mut writer, answers).await;
+        settle(&mut slot, writer, result)
+    }
+
+    async fn answers(&mut self, requests: &[(&str, &RequestId)]) -> Result<Vec<Option<Answered>>, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = requests::answers(&mut reader, requests).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn forget_requests(&mut self, rows_max: u32) -> Result<u64, StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = requests::forget(&mut writer, rows_max).await;
+        settle(&mut slot, writer, result)
+    }
+
+    async fn rows_below(
+        &mut self,
+        namespace: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<RangeRow>, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = keys::rows_below(&mut reader, (namespace, prefix), after, limit).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = is_buried(&mut reader, key, version).await;
+        settle(&mut self.reader, reader, result)
+    }
+
     /// Drops the reader. The writer needs none: a call that was cut off has taken it along.
     fn reset(&mut self) {
         self.reader = None;
@@ -223,20 +268,31 @@ impl Connection for SharedConnection {
 
 async fn load(reader: &mut SqliteConnection, keys: &[Key]) -> Result<Vec<Option<Entry>>, Failure> {
     let mut entries = vec![None; keys.len()];
+    let mut bytes = 0;
     for (offset, piece, statement) in pieces(&LOAD, keys) {
         let mut query = sqlx::query(AssertSqlSafe(statement));
         for key in piece {
             query = query.bind(key.namespace()).bind(key.key());
         }
-        for row in query.fetch_all(&mut *reader).await? {
-            if let Some(slot) = slot(&mut entries[offset..], &row)? {
+        // In the order of the keys; dropped, it ends there.
+        let mut rows = query.fetch(&mut *reader);
+        while let Some(row) = rows.try_next().await? {
+            let place = place(&row)?;
+            if let Some(slot) = place.and_then(|place| entries.get_mut(offset + place)) {
                 let value: Option<Vec<u8>> = row.try_get(2)?;
                 let expires_at: Option<i64> = row.try_get(3)?;
+                bytes += value.as_ref().map_or(0, Vec::len);
                 *slot = Some(Entry {
                     version: version(row.try_get(1)?)?,
-                    value: value.map(bytes::Bytes::from),
+                    value: value.map(Into::into),
                     expires_at: expires_at.map(Timestamp),
                 });
+            }
+            if let Some(place) = place
+                && bytes > LOAD_BYTES_MAX
+            {
+                entries.truncate(offset + place + 1);
+                return Ok(entries);
             }
         }
     }
@@ -244,18 +300,21 @@ async fn load(reader: &mut SqliteConnection, keys: &[Key]) -> Result<Vec<Option<
 }
 
 async fn commit(writer: &mut SqliteConnection, writes: &[Write]) -> Result<Vec<Committed>, Failure> {
+    let named = of_writes(writes);
     // A batch of one statement is a transaction by itself.
-    if writes.len() <= 1 {
+    if writes.len() <= 1 && named.is_empty() {
         let mut verdict = Verdict::new(writes);
         upsert(writer, writes, &mut verdict).await?;
         return settle_losers(writer, verdict).await.map_err(Failure::after_effect);
     }
     let mut transaction = writer.begin_with("begin immediate").await?;
     let mut verdict = Verdict::new(writes);
-    let settled = match upsert(&mut transaction, writes, &mut verdict).await {
-        Ok(()) => settle_losers(&mut transaction, verdict).await,
-        Err(failure) => Err(failure),
+    let settled = async {
+        upsert(&mut transaction, writes, &mut verdict).await?;
+        requests::insert(&mut transaction, &REMEMBER, &named).await?;
+        settle_losers(&mut transaction, verdict).await
     };
+    let settled = settled.await;
     end(transaction, settled).await
 }
 
@@ -283,16 +342,20 @@ async fn settle_losers(writer: &mut SqliteConnection, verdict: Verdict<'_>) -> R
     Ok(verdict.settle(&standing, horizon))
 }
 
-async fn horizon(writer: &mut SqliteConnection) -> Result<Option<Version>, Failure> {
+pub(super) async fn horizon(writer: &mut SqliteConnection) -> Result<Option<Version>, Failure> {
     let rows = sqlx::query(HORIZON).fetch_all(writer).await?;
     let row = rows.first().ok_or_else(no_control_row)?;
     Ok(Version::new(row.try_get(0)?))
 }
 
-async fn upsert(writer: &mut SqliteConnection, writes: &[Write], verdict: &mut Verdict<'_>) -> Result<(), Failure> {
+pub(super) async fn upsert(
+    writer: &mut SqliteConnection,
+    writes: &[Write],
+    verdict: &mut Verdict<'_>,
+) -> Result<(), Failure> {
     for (_, piece, statement) in pieces(&UPSERT, writes) {
         let mut query = sqlx::query(AssertSqlSafe(statement));
-        for Write { key, entry, tags } in piece {
+        for Write { key, entry, tags, .. } in piece {
             query = query
                 .bind(key.namespace())
                 .bind(key.key())
@@ -334,6 +397,17 @@ async fn probe(writer: &mut SqliteConnection) -> Result<(), Failure> {
 }
 
 async fn bury(writer: &mut SqliteConnection, letter: &DeadLetter) -> Result<(), Failure> {
+    let mut transaction = writer.begin_with("begin immediate").await?;
+    let buried = async {
+        insert_letter(&mut transaction, letter).await?;
+        let named = of_writes(std::slice::from_ref(&letter.write));
+        requests::insert(&mut transaction, &REMEMBER, &named).await
+    };
+    let buried = buried.await;
+    end(transaction, buried).await
+}
+
+async fn insert_letter(writer: &mut SqliteConnection, letter: &DeadLetter) -> Result<(), Failure> {
     let DeadLetter { write, code, .. } = letter;
     sqlx::query(BURY)
         .bind(write.key.namespace())
@@ -346,6 +420,16 @@ async fn bury(writer: &mut SqliteConnection, letter: &DeadLetter) -> Result<(), 
         .execute(writer)
         .await?;
     Ok(())
+}
+
+async fn is_buried(reader: &mut SqliteConnection, key: &Key, version: Version) -> Result<bool, Failure> {
+    let row = sqlx::query(IS_BURIED)
+        .bind(key.namespace())
+        .bind(key.key())
+        .bind(version.get())
+        .fetch_one(reader)
+        .await?;
+    Ok(row.try_get(0)?)
 }
 
 async fn lease_node(writer: &mut SqliteConnection, claimant: &Claimant) -> Result<NodeGrant, Failure> {
@@ -408,13 +492,16 @@ async fn raise_and_delete(writer: &mut SqliteConnection, retention_millis: i64, 
 }
 
 /// The place that a row of a query with positions belongs to.
-fn slot<'a, T>(slots: &'a mut [T], row: &SqliteRow) -> Result<Option<&'a mut T>, Failure> {
-    let position: i64 = row.try_get(0)?;
-    let place = usize::try_from(position).ok();
-    Ok(place.and_then(|place| slots.get_mut(place)))
+pub(super) fn slot<'a, T>(slots: &'a mut [T], row: &SqliteRow) -> Result<Option<&'a mut T>, Failure> {
+    Ok(place(row)?.and_then(|place| slots.get_mut(place)))
 }
 
-fn version(number: i64) -> Result<Version, Failure> {
+fn place(row: &SqliteRow) -> Result<Option<usize>, Failure> {
+    let position: i64 = row.try_get(0)?;
+    Ok(usize::try_from(position).ok())
+}
+
+pub(super) fn version(number: i64) -> Result<Version, Failure> {
     Version::new(number).ok_or_else(|| {
         let message = "tidegate_entries holds a version that is not positive: mend the row";
         StoreError::new(StoreErrorKind::Transient, message).into()

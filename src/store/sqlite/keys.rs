@@ -8,12 +8,13 @@ use sqlx::{
 };
 
 use super::{
+    connection::version,
     failure::Failure,
-    statements::{KEYS_FROM, KEYS_WITHIN, NEWEST, TAGGED},
+    statements::{KEYS_FROM, KEYS_WITHIN, NEWEST, ROWS_FROM, ROWS_WITHIN, TAGGED},
 };
 use crate::{
-    model::{Key, Tags},
-    store::{no_key, prefix},
+    model::{Key, Tags, Timestamp},
+    store::{no_key, operation::RangeRow, prefix},
 };
 
 pub(super) async fn tagged(
@@ -34,12 +35,34 @@ pub(super) async fn tagged(
 
 pub(super) async fn below(
     reader: &mut SqliteConnection,
-    (namespace, prefix): (&str, &str),
+    range: (&str, &str),
     after: Option<&str>,
     limit: u32,
 ) -> Result<Vec<Key>, Failure> {
+    let rows = range_rows(reader, (KEYS_WITHIN, KEYS_FROM), range, after, limit).await?;
+    keys(range.0, &rows)
+}
+
+pub(super) async fn rows_below(
+    reader: &mut SqliteConnection,
+    range: (&str, &str),
+    after: Option<&str>,
+    limit: u32,
+) -> Result<Vec<RangeRow>, Failure> {
+    let rows = range_rows(reader, (ROWS_WITHIN, ROWS_FROM), range, after, limit).await?;
+    rows.iter().map(|row| range_row(range.0, row)).collect()
+}
+
+/// The rows of a range, by a statement for one with an end, or for one without.
+async fn range_rows(
+    reader: &mut SqliteConnection,
+    (within, from): (&'static str, &'static str),
+    (namespace, prefix): (&str, &str),
+    after: Option<&str>,
+    limit: u32,
+) -> Result<Vec<SqliteRow>, Failure> {
     let (end, after) = (prefix::end(prefix), after.unwrap_or_default());
-    let query = sqlx::query(if end.is_some() { KEYS_WITHIN } else { KEYS_FROM })
+    let query = sqlx::query(if end.is_some() { within } else { from })
         .bind(namespace)
         .bind(prefix.max(after))
         .bind(after)
@@ -48,7 +71,7 @@ pub(super) async fn below(
         Some(end) => query.bind(end),
         None => query,
     };
-    keys(namespace, &query.fetch_all(reader).await?)
+    Ok(query.fetch_all(reader).await?)
 }
 
 pub(super) async fn newest(reader: &mut SqliteConnection, namespace: &str, limit: u32) -> Result<Vec<Key>, Failure> {
@@ -58,6 +81,17 @@ pub(super) async fn newest(reader: &mut SqliteConnection, namespace: &str, limit
         .fetch_all(reader)
         .await?;
     keys(namespace, &rows)
+}
+
+fn range_row(namespace: &str, row: &SqliteRow) -> Result<RangeRow, Failure> {
+    let expires_at: Option<i64> = row.try_get(2)?;
+    let value_bytes: Option<i64> = row.try_get(3)?;
+    Ok(RangeRow {
+        key: Key::new(namespace, row.try_get(0)?).map_err(|_| no_key())?,
+        version: version(row.try_get(1)?)?,
+        expires_at: expires_at.map(Timestamp),
+        value_bytes: value_bytes.and_then(|bytes| usize::try_from(bytes).ok()),
+    })
 }
 
 fn keys(namespace: &str, rows: &[SqliteRow]) -> Result<Vec<Key>, Failure> {

@@ -10,8 +10,10 @@
 
 mod connection;
 mod control;
+mod decide;
 mod failure;
 mod keys;
+mod requests;
 mod statements;
 
 use std::{

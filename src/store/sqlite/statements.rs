@@ -69,6 +69,16 @@ pub(super) const KEYS_WITHIN: &str = "
 pub(super) const KEYS_FROM: &str = "
     select key from tidegate_entries where namespace = ?1 and key >= ?2 and +key > ?3 order by key limit ?4";
 
+/// The rows of a range of the primary key, as [`KEYS_WITHIN`], with the length of their values.
+pub(super) const ROWS_WITHIN: &str = "
+    select key, version, expires_at, length(value) from tidegate_entries
+     where namespace = ?1 and key >= ?2 and +key > ?3 and key < ?5 order by key limit ?4";
+
+/// The same without an end.
+pub(super) const ROWS_FROM: &str = "
+    select key, version, expires_at, length(value) from tidegate_entries
+     where namespace = ?1 and key >= ?2 and +key > ?3 order by key limit ?4";
+
 /// Live records by their versions.
 pub(super) const NEWEST: &str = concat!(
     "select key from tidegate_entries
@@ -137,6 +147,18 @@ pub(super) const COLLECT: &str = concat!(
     " - ?1 and version <= ?2 order by collectable_at limit ?3)"
 );
 
+/// What is over for a while: the gateway's clock is not quite the machine's.
+pub(super) const FORGET_REQUESTS: &str = concat!(
+    "delete from tidegate_requests where (namespace, request_id) in (
+        select namespace, request_id from tidegate_requests where ends_at < ",
+    now!(),
+    " - 60000 order by ends_at limit ?1)"
+);
+
+/// Whether a dead letter is kept.
+pub(super) const IS_BURIED: &str =
+    "select exists (select 1 from tidegate_dead_letters where namespace = ?1 and key = ?2 and version = ?3)";
+
 /// A statement in each of the sizes of [`ROWS`].
 pub(super) type Sized = [Arc<str>; ROWS.len()];
 
@@ -180,6 +202,49 @@ pub(super) static STANDING: LazyLock<Sized> = LazyLock::new(|| {
              cross join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key",
     )
 });
+
+/// The rows of keys as [`LOAD`] finds them, with what they hold where it is asked for.
+pub(super) static FOUND: LazyLock<Sized> = LazyLock::new(|| {
+    sized(
+        "with wanted (position, namespace, key, content) as (values ",
+        |place| format!("({place},?,?,?)"),
+        ") select wanted.position, e.version, e.value is not null, e.expires_at,
+                  case when wanted.content then e.value end, case when wanted.content then e.tags end
+             from wanted cross join tidegate_entries e on e.namespace = wanted.namespace and e.key = wanted.key",
+    )
+});
+
+/// What is remembered of requests, the same way.
+pub(super) static ANSWERS: LazyLock<Sized> = LazyLock::new(|| {
+    sized(
+        "with wanted (position, namespace, id) as (values ",
+        |place| format!("({place},?,?)"),
+        ") select wanted.position, r.fingerprint, r.version, r.counter, r.expires_at, r.ends_at from wanted
+             cross join tidegate_requests r on r.namespace = wanted.namespace and r.request_id = wanted.id",
+    )
+});
+
+macro_rules! remember {
+    ($unless:expr) => {
+        sized(
+            "insert into tidegate_requests as stored (namespace, request_id, fingerprint, version, counter, expires_at, ends_at)
+             select column1, column2, column3, column4, column5, column6, column7 from (values ",
+            |_| "(?,?,?,?,?,?,?)".to_owned(),
+            concat!(
+                ") where true on conflict (namespace, request_id) do update
+                    set fingerprint = excluded.fingerprint, version = excluded.version, counter = excluded.counter,
+                        expires_at = excluded.expires_at, ends_at = excluded.ends_at",
+                $unless
+            ),
+        )
+    };
+}
+
+/// What requests are answered with. One that is known stays as it is, unless its window is over.
+pub(super) static REMEMBER: LazyLock<Sized> = LazyLock::new(|| remember!(concat!(" where stored.ends_at < ", now!())));
+
+/// The same, in the place of what is known: of those that were decided it is known to be over.
+pub(super) static REMEMBER_DECIDED: LazyLock<Sized> = LazyLock::new(|| remember!(""));
 
 fn sized(beginning: &str, row: impl Fn(usize) -> String, end: &str) -> Sized {
     ROWS.map(|rows| {

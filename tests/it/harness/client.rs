@@ -143,6 +143,7 @@ impl Client {
             write_mode: mode.number(),
             ttl: None,
             tags: Vec::new(),
+            ..PutRequest::default()
         }
     }
 
@@ -164,6 +165,7 @@ impl Client {
             namespace: self.namespace.clone(),
             key: key.to_owned(),
             write_mode: mode.number(),
+            ..DeleteRequest::default()
         };
         self.stub().delete(request).await.map(tonic::Response::into_inner)
     }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use h2::client::SendRequest;
+use h2::client::{ResponseFuture, SendRequest};
 use http::{HeaderMap, Request};
 use tokio::{net::TcpStream, time::timeout};
 use tonic::{Code, Status};
@@ -64,12 +64,24 @@ impl Wire {
             .unwrap_or_else(|error| panic!("{path} broke off: {error}"))
     }
 
-    async fn exchange(&self, path: &str, headers: &[(&str, &str)], body: Bytes) -> Result<Answer, h2::Error> {
-        let mut request = Request::post(format!("http://{}{path}", self.address))
+    fn request(&self, path: &str) -> Request<()> {
+        Request::post(format!("http://{}{path}", self.address))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
             .body(())
-            .expect("a request of a test is well-formed");
+            .expect("a request of a test is well-formed")
+    }
+
+    /// Begins a call whose body is sent bit by bit.
+    pub async fn begin(&self, path: &str) -> (h2::SendStream<Bytes>, ResponseFuture) {
+        let request = self.request(path);
+        let mut requests = self.requests.clone().ready().await.expect("the connection is open");
+        let (response, sender) = requests.send_request(request, false).expect("there is a place");
+        (sender, response)
+    }
+
+    async fn exchange(&self, path: &str, headers: &[(&str, &str)], body: Bytes) -> Result<Answer, h2::Error> {
+        let mut request = self.request(path);
         for &(name, value) in headers {
             let name: http::HeaderName = name.parse().expect("a header of a test is well-formed");
             let value = value.parse().expect("a header of a test is well-formed");
@@ -80,23 +92,28 @@ impl Wire {
         if !body.is_empty() {
             send(&mut sender, body).await?;
         }
-        let (head, mut stream) = response.await?.into_parts();
-        let mut received = BytesMut::new();
-        while let Some(chunk) = stream.data().await {
-            let chunk = chunk?;
-            stream.flow_control().release_capacity(chunk.len())?;
-            received.extend_from_slice(&chunk);
-        }
-        let trailers: Option<HeaderMap> = stream.trailers().await?;
-        Ok(Answer {
-            http_status: head.status.as_u16(),
-            status: trailers
-                .as_ref()
-                .and_then(Status::from_header_map)
-                .or_else(|| Status::from_header_map(&head.headers)),
-            body: received.freeze(),
-        })
+        answer(response).await
     }
+}
+
+/// The whole answer to a call.
+pub async fn answer(response: ResponseFuture) -> Result<Answer, h2::Error> {
+    let (head, mut stream) = response.await?.into_parts();
+    let mut received = BytesMut::new();
+    while let Some(chunk) = stream.data().await {
+        let chunk = chunk?;
+        stream.flow_control().release_capacity(chunk.len())?;
+        received.extend_from_slice(&chunk);
+    }
+    let trailers: Option<HeaderMap> = stream.trailers().await?;
+    Ok(Answer {
+        http_status: head.status.as_u16(),
+        status: trailers
+            .as_ref()
+            .and_then(Status::from_header_map)
+            .or_else(|| Status::from_header_map(&head.headers)),
+        body: received.freeze(),
+    })
 }
 
 /// Sends the body as fast as the other side takes it, and stops when it has heard enough and resets the stream.

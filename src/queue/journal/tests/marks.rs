@@ -31,6 +31,7 @@ fn recovered(versions: &[Version]) -> (Option<Version>, Vec<Version>) {
                 key,
                 entry,
                 tags: Tags::default(),
+                requests: Vec::new(),
             }),
             "room"
         );

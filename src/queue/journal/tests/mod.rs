@@ -70,6 +70,7 @@ fn write(key_number: usize, number: i64, bytes: usize) -> Write {
             expires_at: (number % 5 == 0).then_some(Timestamp(number)),
         },
         tags: Tags::default(),
+        requests: Vec::new(),
     }
 }
 

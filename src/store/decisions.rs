@@ -1,0 +1,218 @@
+//! Operations that the store decides: callers that wait for it share its transactions.
+//!
+//! Owns the grouping of operations into transactions and what each caller is told. Does not own what is decided (`decide.rs`), nor versions
+//! (the caller stamps, and restamps what is `Outdated`). Invariants: an operation is only ever sent under the version and the request id that its
+//! caller gave it; it is applied at most once, however often it is tried; "not applied" is only answered when it is not, and never will be.
+//!
+//! One transaction holds any number of operations of a key, sorted by version, and moves its row once.
+//!
+//! What a try tells, and what becomes of the operations (an operation is *open* once a transaction that held it ended `Unknown`):
+//!
+//! | try | an operation that is not open | an open operation |
+//! |---|---|---|
+//! | decided | what was decided | the same |
+//! | `Rejected`, several operations | tried again in halves | the same |
+//! | `Rejected`, alone, a harmless row is not | Rejected, not applied | Rejected, unknown |
+//! | `Rejected`, alone, so is a harmless row | Unavailable, not applied | Unavailable, unknown |
+//! | `Transient` | a few more tries, then Unavailable, not applied | tried again until its deadline |
+//! | `Unreachable`, or the breaker is open | Unavailable, not applied, at once | tried again, once it has closed, until its deadline |
+//! | `Unknown` | open | tried again until its deadline |
+//! | none before its deadline | Timeout, not applied | Timeout, unknown |
+//! | none before the shutdown | Unavailable, not applied | Unavailable, unknown |
+//!
+//! **Why what is decided of an open operation is definite.** An earlier try left its request id in the transaction in which it took effect, or
+//! took none. A try waits for the locks of the rows that it reads before it asks which ids are known, and the earlier one holds those
+//! that it changed until it is over: if it was applied, that is seen (`Repeated`), and if it is not seen, it never will be applied. Where the earlier
+//! one made the row, there was nothing to lock: then this one waits for it when it inserts the row itself, finds the key taken, and begins anew;
+//! and where it would insert nothing, the backend makes it wait for the earlier one's id all the same. So no try has to guess, as a commit without an
+//! id has to when a higher version stands.
+//!
+//! Look-ups of what is known of requests and of dead letters have a connection of their own.
+
+use std::sync::Arc;
+
+use tokio::{task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::{Error, Outcome},
+    model::{Answered, Key, RequestId, Version},
+    store::{
+        Config, Session, Store, StoreError,
+        gather::{Bounds, Gatherer},
+        lookups::{Found, Lookup, Lookups},
+        operation::{Decided, Operation},
+        tries::{self, Ask, Callers, Line, Metrics, Worker, rejected},
+    },
+    telemetry::{CommitPath, StoreMetrics},
+};
+
+/// The path of operations into the store. Clones share it.
+#[derive(Clone)]
+pub struct GroupDecide {
+    line: Arc<Line<Operations>>,
+    lookups: Arc<Line<Lookups>>,
+    store: Store,
+    connections: usize,
+    metrics: StoreMetrics,
+}
+
+impl GroupDecide {
+    /// The path, closed until [`GroupDecide::start`] opens connections behind it: until then, calls wait.
+    pub fn new(store: Store, config: &Config, metrics: StoreMetrics) -> GroupDecide {
+        let bounds = Bounds {
+            waiting_max: config.waiting_commits_max.get(),
+            waiting_bytes_max: config.waiting_commits_bytes_max.get(),
+            batch_max: config.commit_batch_writes_max.get(),
+            batch_bytes_max: config.commit_batch_bytes_max.get(),
+        };
+        let lookup_bounds = Bounds {
+            waiting_max: config.waiting_loads_max.get(),
+            // Names and keys are bounded one by one.
+            waiting_bytes_max: usize::MAX,
+            batch_max: config.load_batch_keys_max.get(),
+            batch_bytes_max: usize::MAX,
+        };
+        GroupDecide {
+            line: Arc::new(Gatherer::new(bounds, Outcome::Unknown)),
+            lookups: Arc::new(Gatherer::new(lookup_bounds, Outcome::NotApplied)),
+            connections: config.decide_connections.get().min(store.writers_max()).max(1),
+            store,
+            metrics,
+        }
+    }
+
+    /// Starts the tasks that decide and look up, on the current runtime. When `stop` is cancelled they finish the transaction that runs, answer
+    /// what still waits with `Unavailable`, and end.
+    #[must_use = "a task that ends before it was told to has died"]
+    pub fn start(&self, stop: &CancellationToken) -> Vec<JoinHandle<()>> {
+        let deciding = (0..self.connections).map(|_| self.worker::<Operations>(&self.line, stop));
+        let looking_up = [self.worker::<Lookups>(&self.lookups, stop)];
+        deciding.chain(looking_up).collect()
+    }
+
+    fn worker<C: Callers>(&self, line: &Arc<Line<C>>, stop: &CancellationToken) -> JoinHandle<()> {
+        let worker: Worker<C> = Worker {
+            session: self.store.session(),
+            store: self.store.clone(),
+            line: Arc::clone(line),
+            stop: stop.clone(),
+            metrics: C::PATH.map(|path| Metrics::new(&self.metrics, path)),
+        };
+        worker.start()
+    }
+
+    /// Decides an operation, and says what the store made of it: always a definite answer.
+    ///
+    /// Once begun, the operation goes on when the future is dropped. At the deadline one that still waits is taken back; one that a connection
+    /// has is answered with what became of it, which may be up to a call's bound later.
+    ///
+    /// # Errors
+    /// Each says whether the operation may still take effect. `Overloaded`: too many operations wait. `Rejected`: the store rejects the
+    /// record for good. `Unavailable`: the store is not there, or the gateway shuts down. `Timeout`: the deadline passed.
+    pub async fn decide(&self, operation: Operation, deadline: Instant) -> Result<Decided, Error> {
+        let weight = operation.weight();
+        let ask = Ask {
+            question: operation,
+            deadline,
+        };
+        self.line.ask(ask, weight, deadline, self.store.breaker()).await
+    }
+
+    /// What the store remembers of a request. One whose window is over may be answered or not. Changes nothing; dropping the future is harmless.
+    ///
+    /// # Errors
+    /// `Overloaded`: too many look-ups wait. `Unavailable`: the store is not there, or the gateway shuts down. `Timeout`: the deadline passed.
+    pub async fn answer_of(
+        &self,
+        namespace: &str,
+        id: &RequestId,
+        deadline: Instant,
+    ) -> Result<Option<Answered>, Error> {
+        let lookup = Lookup::Answer {
+            namespace: namespace.to_owned(),
+            id: id.clone(),
+        };
+        match self.look_up(lookup, deadline).await? {
+            Found::Answer(answered) => Ok(answered),
+            Found::Buried(_) => Ok(None),
+        }
+    }
+
+    /// Whether the dead-letter table holds exactly this version of a key. Changes nothing; dropping the future is harmless.
+    ///
+    /// # Errors
+    /// As of [`GroupDecide::answer_of`].
+    pub async fn is_buried(&self, key: &Key, version: Version, deadline: Instant) -> Result<bool, Error> {
+        let lookup = Lookup::Buried {
+            key: key.clone(),
+            version,
+        };
+        Ok(self.look_up(lookup, deadline).await? == Found::Buried(true))
+    }
+
+    async fn look_up(&self, lookup: Lookup, deadline: Instant) -> Result<Found, Error> {
+        let ask = Ask {
+            question: lookup,
+            deadline,
+        };
+        self.lookups.ask(ask, 1, deadline, self.store.breaker()).await
+    }
+}
+
+/// A caller's operation, on its way.
+type Caller = tries::Caller<Operation, Decided>;
+
+/// The operations of a transaction, sorted by key, then by version.
+struct Operations(Vec<Caller>);
+
+impl Callers for Operations {
+    type Question = Operation;
+    type Result = Decided;
+
+    const REFUSED: &str = "the store takes no writes at present";
+    const PATH: Option<CommitPath> = Some(CommitPath::Decided);
+
+    fn gather(mut callers: Vec<Caller>) -> Operations {
+        callers.sort_by(|a, b| (&a.question.key, a.question.version).cmp(&(&b.question.key, b.question.version)));
+        Operations(callers)
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn split_off_half(&mut self) -> Operations {
+        Operations(self.0.split_off(self.0.len() / 2))
+    }
+
+    async fn send(&self, session: &mut Session) -> Result<Vec<Decided>, StoreError> {
+        let operations: Vec<Operation> = self.0.iter().map(|caller| caller.question.clone()).collect();
+        session.decide(&operations).await
+    }
+
+    fn answer(self, results: Vec<Decided>, metrics: Option<&Metrics>) {
+        for (caller, decided) in self.0.into_iter().zip(results) {
+            if let (Decided::Outdated { .. }, Some(metrics)) = (&decided, metrics) {
+                metrics.superseded.inc();
+            }
+            caller.succeed(decided);
+        }
+    }
+
+    fn lost(&mut self, error: &StoreError, _: u32) {
+        tracing::warn!(%error, operations = self.len(), "the outcome of a transaction is unknown; it is tried again");
+        for caller in &mut self.0 {
+            caller.open = true;
+        }
+    }
+
+    fn reject(&mut self, refusal: StoreError) {
+        let refusal = Arc::new(refusal);
+        self.fail_if(|_, _| Some(rejected(&refusal)));
+    }
+
+    fn fail_if(&mut self, mut error: impl FnMut(&Caller, Instant) -> Option<Error>) {
+        tries::fail_if(&mut self.0, Instant::now(), &mut error);
+    }
+}
