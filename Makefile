@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: check format lint test crash consistency mutants docs layers proto
+.PHONY: check format lint test crash consistency mutants docs layers proto contract
 
 check: format layers proto lint docs test
 	@echo "check: all is well"
@@ -56,3 +56,8 @@ layers:
 proto:
 	@echo "== proto"
 	@ci/proto
+
+# Takes what was added to the contract into the baseline that it is checked against. Refuses when it would break clients or journals.
+contract:
+	@echo "== contract"
+	@ci/proto --write

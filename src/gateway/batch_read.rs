@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use super::{
-    Found, Gateway, ReadConsistency, ReadOptions,
+    Found, Gateway, ReadConsistency, ReadOptions, found_at,
     freshness::Demand,
     load::shorten,
     no_tier_answered,
@@ -115,7 +115,7 @@ impl Gateway {
             if hit.is_none() {
                 missing.push(place);
             }
-            answers.push(hit.map(|loaded| Ok(self.found(loaded))));
+            answers.push(hit.map(|loaded| Ok(found_at(loaded, demand.since))));
         }
         if !missing.is_empty() {
             // Apart, for the sake of those who miss nothing.

@@ -145,7 +145,7 @@ impl Gateway {
             let token = self.parts().memory.leave_token(key);
             let entered = self.enter_shared(key).await;
             let shown = entered.and_then(|entered| entered.standing);
-            let decided = match self.decide_above(&undecided, shown).await {
+            let (decided, version) = match self.decide_above(&undecided, shown).await {
                 Ok(decided) => decided,
                 Err((error, tried)) => {
                     self.not_committed(key, entered, &error, tried).await;
@@ -156,7 +156,7 @@ impl Gateway {
                 if let Some(entered) = entered {
                     self.release(key, entered.token).await;
                 }
-                if let Some(ended) = self.not_applied(key, decided).await {
+                if let Some(ended) = self.not_applied(key, version, decided).await {
                     return ended;
                 }
                 if Instant::now() + pause >= last_word_at(deadline) {
@@ -181,13 +181,14 @@ impl Gateway {
 
     /// What an operation that was not applied now is answered with, and the tiers above the store with it. `None`: the store cannot decide
     /// yet.
-    async fn not_applied(&self, key: &Key, decided: Decided) -> Option<Result<Done, Error>> {
+    async fn not_applied(&self, key: &Key, version: Version, decided: Decided) -> Option<Result<Done, Error>> {
         let parts = self.parts();
         match decided {
             Decided::Repeated(answer) => {
                 // Whoever wrote it may not have come to tell.
                 self.outdate(key, answer.version).await;
-                Some(Ok(done(answer, true)))
+                // Or it was this very call, whose first try had lost its answer.
+                Some(Ok(done(answer, answer.version != version)))
             }
             Decided::Refused(refusal) => {
                 if let Refusal::Conflict {
@@ -205,13 +206,13 @@ impl Gateway {
         }
     }
 
-    /// Has the store decide under a stamp above all that is known to stand, or turns out to. What was decided; or why nothing was, and
-    /// the version that was tried last.
+    /// Has the store decide under a stamp above all that is known to stand, or turns out to. What was decided, of which version; or why
+    /// nothing was, and the version that was tried last.
     async fn decide_above(
         &self,
         undecided: &Undecided,
         shown: Option<Version>,
-    ) -> Result<Decided, (Error, Option<Version>)> {
+    ) -> Result<(Decided, Version), (Error, Option<Version>)> {
         let (parts, key, deadline) = (self.parts(), &undecided.key, undecided.deadline);
         let (mut tried, mut standing) = (None, shown);
         loop {
@@ -231,7 +232,7 @@ impl Gateway {
             let decided = parts.decisions.decide(operation, deadline).await;
             match decided.map_err(|error| (error, tried))? {
                 Decided::Outdated { standing: higher } => standing = Some(higher),
-                decided => return Ok(decided),
+                decided => return Ok((decided, version)),
             }
         }
     }

@@ -292,14 +292,7 @@ impl Gateway {
 
     /// What a caller is told of what was found.
     fn found(&self, loaded: Loaded) -> Found {
-        let Loaded { copy, source, stale } = loaded;
-        let now = self.parts().clock.now();
-        Found {
-            entry: copy.entry.filter(|entry| entry.is_live(now)),
-            source,
-            age: now.since(copy.loaded_at),
-            stale,
-        }
+        found_at(loaded, self.parts().clock.now())
     }
 
     /// Does in the caches what a write that leaves the queue asks for.
@@ -367,6 +360,16 @@ impl Gateway {
 
     fn parts(&self) -> &GatewayParts {
         &self.inner.parts
+    }
+}
+
+fn found_at(loaded: Loaded, now: Timestamp) -> Found {
+    let Loaded { copy, source, stale } = loaded;
+    Found {
+        entry: copy.entry.filter(|entry| entry.is_live(now)),
+        source,
+        age: now.since(copy.loaded_at),
+        stale,
     }
 }
 

@@ -88,17 +88,9 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let (cache_metrics, queue_metrics) = (CacheMetrics::default(), QueueMetrics::default());
     let store_metrics = StoreMetrics::register(&mut Registry::default());
     let stop = CancellationToken::new();
-    let config = store::Config::default();
-    let commits = GroupCommit::new(store.clone(), &config, store_metrics.clone());
-    let decisions = GroupDecide::new(store.clone(), &config, store_metrics.clone());
-    let loads = GroupLoad::new(store.clone(), &config, store_metrics.clone());
     // Its pings tell the breaker that the store is back.
     let mut tasks = vec![watch::start(store.clone(), &stop)];
-    tasks.extend(commits.start(&stop));
-    tasks.extend(decisions.start(&stop));
-    tasks.extend(loads.start(&stop));
-    let ranges = Ranges::new(store.clone(), &config);
-    tasks.extend(ranges.start(&stop));
+    let (commits, decisions, loads, ranges) = paths(&store, &store_metrics, &stop, &mut tasks);
     let queue = queue::Parts {
         store: store.clone(),
         clock: Arc::clone(&clock),
@@ -143,6 +135,25 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
         queue_metrics,
         _tasks: tasks,
     }
+}
+
+/// The ways to the store, with what runs behind them.
+fn paths(
+    store: &Store,
+    metrics: &StoreMetrics,
+    stop: &CancellationToken,
+    tasks: &mut Vec<JoinHandle<()>>,
+) -> (GroupCommit, GroupDecide, GroupLoad, Ranges) {
+    let config = store::Config::default();
+    let commits = GroupCommit::new(store.clone(), &config, metrics.clone());
+    let decisions = GroupDecide::new(store.clone(), &config, metrics.clone());
+    let loads = GroupLoad::new(store.clone(), &config, metrics.clone());
+    let ranges = Ranges::new(store.clone(), &config);
+    tasks.extend(commits.start(stop));
+    tasks.extend(decisions.start(stop));
+    tasks.extend(loads.start(stop));
+    tasks.extend(ranges.start(stop));
+    (commits, decisions, loads, ranges)
 }
 
 impl Rig {

@@ -519,6 +519,12 @@ impl<P: Payload> Pending<P> {
         self.watchers.take_back(key, number);
     }
 
+    /// Whether anybody waits for a key.
+    #[cfg(test)]
+    pub(super) fn is_watched(&self, key: &Key) -> bool {
+        self.watchers.is_watched(key)
+    }
+
     /// Makes the write of a key due.
     fn hasten(&mut self, key: &Key, now: Timestamp) {
         let Some(slot) = self.slots.get_mut(key) else { return };

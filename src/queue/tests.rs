@@ -1,7 +1,9 @@
 //! The queue over the store in memory: every promise of the handle and of the drain, under scripted faults and paused time. What rests on
-//! the journal is in [`durable`].
+//! the journal is in [`durable`], request ids in [`ids`], who waits in [`waits`].
 
 mod durable;
+mod ids;
+mod waits;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},

@@ -72,7 +72,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::{Entry, Key, Tags, Version, Write},
+        model::{Answer, Answered, Entry, Fingerprint, Key, KeyedAnswer, Request, RequestId, Tags, Version, Write},
         store::{
             StoreErrorKind,
             fake::{Call, FakeBackend, Fault},
@@ -116,6 +116,44 @@ mod tests {
             Version::new(2_500),
             "the highest version collected, and no higher"
         );
+        stop.cancel();
+        task.await.expect("no panic");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_are_forgotten_in_steps_even_while_nothing_can_be_collected() {
+        let fake = FakeBackend::new();
+        let request = |number: i64, ends_at| KeyedAnswer {
+            key: Key::new("orders", "any").expect("valid"),
+            answered: Answered {
+                request: Request {
+                    id: RequestId::new(&number.to_string()).expect("valid"),
+                    fingerprint: Fingerprint([0; 16]),
+                    ends_at,
+                },
+                answer: Answer {
+                    version: Version::new(1).expect("positive"),
+                    counter: None,
+                    expires_at: None,
+                },
+            },
+        };
+        let mut session = fake.store().session();
+        let now = session.control().await.expect("answers").now;
+        let over = (0..2_500).map(|number| request(number, now));
+        let stays = request(2_500, now.after(Duration::from_secs(3_600)));
+        let requests: Vec<KeyedAnswer> = over.chain([stays.clone()]).collect();
+        session.remember(&requests).await.expect("remembered");
+        fake.script(|call| (call == Call::Collect).then(|| Fault::fail(StoreErrorKind::Transient)));
+        let metrics = StoreMetrics::register(&mut Registry::default());
+        let stop = CancellationToken::new();
+        let task = start(fake.store(), &Config::default(), metrics, &stop);
+        // Past the first interval, and short of the second.
+        sleep(Duration::from_secs(15 * 60)).await;
+        assert_eq!(fake.calls(Call::ForgetRequests), 3);
+        assert_eq!(fake.answer_of("orders", &requests[0].answered.request.id), None);
+        let id = &stays.answered.request.id;
+        assert_eq!(fake.answer_of("orders", id), Some(stays.answered.clone()));
         stop.cancel();
         task.await.expect("no panic");
     }

@@ -153,7 +153,7 @@ impl Callers for Rows {
         Rows(rows)
     }
 
-    fn len(&self) -> usize {
+    fn parts(&self) -> usize {
         self.0.len()
     }
 
@@ -198,7 +198,7 @@ impl Callers for Rows {
 
     /// Marks what the last statement held. The same version is the same write.
     fn lost(&mut self, error: &StoreError, _: u32) {
-        tracing::warn!(%error, rows = self.len(), "the outcome of a commit is unknown; it is tried again");
+        tracing::warn!(%error, rows = self.parts(), "the outcome of a commit is unknown; it is tried again");
         #[cfg(feature = "planted-faults")]
         planted::refuse(&mut self.0);
         for row in &mut self.0 {

@@ -245,3 +245,6 @@ fn count(value: &[u8]) -> Option<i64> {
     let count: i64 = str::from_utf8(value).ok()?.parse().ok()?;
     (count.to_string().as_bytes() == value).then_some(count)
 }
+
+#[cfg(test)]
+mod tests;

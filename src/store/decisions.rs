@@ -178,7 +178,7 @@ impl Callers for Operations {
         Operations(callers)
     }
 
-    fn len(&self) -> usize {
+    fn parts(&self) -> usize {
         self.0.len()
     }
 
@@ -201,7 +201,7 @@ impl Callers for Operations {
     }
 
     fn lost(&mut self, error: &StoreError, _: u32) {
-        tracing::warn!(%error, operations = self.len(), "the outcome of a transaction is unknown; it is tried again");
+        tracing::warn!(%error, operations = self.parts(), "the outcome of a transaction is unknown; it is tried again");
         for caller in &mut self.0 {
             caller.open = true;
         }
@@ -216,3 +216,6 @@ impl Callers for Operations {
         tries::fail_if(&mut self.0, Instant::now(), &mut error);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -59,7 +59,7 @@ impl Callers for Lookups {
         Lookups(callers)
     }
 
-    fn len(&self) -> usize {
+    fn parts(&self) -> usize {
         self.0.len()
     }
 

@@ -92,8 +92,8 @@ pub(super) trait Callers: Sized + Send + Sync + 'static {
     /// Callers as a statement wants them.
     fn gather(callers: Vec<Caller<Self::Question, Self::Result>>) -> Self;
 
-    /// In how many parts they can be divided.
-    fn len(&self) -> usize;
+    /// In how many parts they can be divided: none when all are answered.
+    fn parts(&self) -> usize;
 
     /// Cuts off the second half of them.
     fn split_off_half(&mut self) -> Self;
@@ -172,7 +172,7 @@ impl<C: Callers> Worker<C> {
             callers.fail_if(|caller, now| (caller.deadline <= now).then(out_of_time));
             if self.store.breaker().is_open() {
                 callers.fail_if(|caller, _| (!caller.open).then(store_down));
-            } else if callers.len() > 0 {
+            } else if callers.parts() > 0 {
                 if let Some(metrics) = self.metrics.as_ref().filter(|_| tries > 0) {
                     metrics.retries.inc();
                 }
@@ -186,7 +186,7 @@ impl<C: Callers> Worker<C> {
                     Err(error) => absorb(&mut callers, &error, tries),
                 }
             }
-            if callers.len() == 0 {
+            if callers.parts() == 0 {
                 return Vec::new();
             }
             self.pause(&mut callers, backoff.delay()).await;
@@ -198,14 +198,14 @@ impl<C: Callers> Worker<C> {
         let results = callers.send(&mut self.session).await;
         if let Some(metrics) = &self.metrics {
             metrics.duration.observe(begun.elapsed().as_secs_f64());
-            metrics.batch.observe(callers.len() as f64);
+            metrics.batch.observe(callers.parts() as f64);
         }
         results
     }
 
     /// After a refusal of rows: the halves to try, down to the row at fault, which fails alone.
     async fn divide(&mut self, mut callers: C, refusal: StoreError) -> Vec<C> {
-        if callers.len() > 1 {
+        if callers.parts() > 1 {
             let second = callers.split_off_half();
             return vec![second, callers];
         }
@@ -227,7 +227,11 @@ impl<C: Callers> Worker<C> {
             }
             Err(error) => absorb(&mut callers, &error, 1),
         }
-        if callers.len() == 0 { Vec::new() } else { vec![callers] }
+        if callers.parts() == 0 {
+            Vec::new()
+        } else {
+            vec![callers]
+        }
     }
 
     /// Waits before the next try. What cannot have one before its deadline and is not open is told so now, while "not applied" is
@@ -235,10 +239,10 @@ impl<C: Callers> Worker<C> {
     async fn pause(&mut self, callers: &mut C, delay: Duration) {
         callers.fail_if(|caller, now| {
             (!caller.open && caller.deadline <= now + delay).then(|| {
-                Error::new(ErrorKind::Unavailable, "the store did not take the write in time").retry_after(RETRY_AFTER)
+                Error::new(ErrorKind::Unavailable, "the store did not answer in time").retry_after(RETRY_AFTER)
             })
         });
-        if callers.len() == 0 {
+        if callers.parts() == 0 {
             return;
         }
         let slept = self.stop.run_until_cancelled(tokio::time::sleep(delay)).await;
@@ -254,7 +258,7 @@ fn absorb<C: Callers>(callers: &mut C, error: &StoreError, tries: u32) {
         StoreErrorKind::Unreachable => callers.fail_if(|caller, _| (!caller.open).then(store_down)),
         StoreErrorKind::Unknown => callers.lost(error, tries),
         StoreErrorKind::Transient | StoreErrorKind::Rejected if tries >= TRIES_MAX => {
-            tracing::warn!(%error, rows = callers.len(), "the store takes no commit at present");
+            tracing::warn!(%error, rows = callers.parts(), "the store takes no commit at present");
             callers.fail_if(|caller, _| (!caller.open).then(|| refused_for_now(C::REFUSED, error)));
         }
         StoreErrorKind::Transient | StoreErrorKind::Rejected => {}

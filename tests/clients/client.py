@@ -82,6 +82,57 @@ def refusals(pb, gateway):
     refused(gateway.Put, large, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
+def decided_by_the_store(pb, gateway):
+    name = {"namespace": "python", "key": "decided"}
+    absent = pb.Condition(existence=pb.EXISTENCE_ABSENT)
+    put = gateway.Put(pb.PutRequest(**name, value=b"v", condition=absent), timeout=TIMEOUT)
+    details = refused(gateway.Put, pb.PutRequest(**name, condition=absent), grpc.StatusCode.ABORTED)
+    info = details[error_details_pb2.ErrorInfo]
+    assert (info.reason, info.metadata["standing_version"]) == ("CONFLICT", str(put.version)), info
+    gateway.Delete(pb.DeleteRequest(**name, condition=pb.Condition(version=put.version)), timeout=TIMEOUT)
+    refused(gateway.Touch, pb.TouchRequest(**name), grpc.StatusCode.FAILED_PRECONDITION)
+
+    count = pb.IncrementRequest(namespace="python", key="counter", delta=-3, request_id="count")
+    first = gateway.Increment(count, timeout=TIMEOUT)
+    again = gateway.Increment(count, timeout=TIMEOUT)
+    assert (first.value, first.deduplicated, again.value, again.deduplicated) == (-3, False, -3, True), (first, again)
+    assert first.version == again.version, (first, again)
+    counts = [gateway.Increment.future(pb.IncrementRequest(namespace="python", key="counter"), timeout=TIMEOUT) for _ in range(50)]
+    assert sorted(count.result().value for count in counts) == list(range(-2, 48))
+
+
+def several_at_once(pb, gateway):
+    def item(number):
+        key = f"item {number % 300:03}"
+        put = pb.PutRequest(namespace="python", key=key, value=str(number).encode(), write_mode=pb.WRITE_MODE_BEHIND)
+        return pb.WriteItem(put=put)
+
+    answer = gateway.BatchWrite(pb.BatchWriteRequest(items=[item(number) for number in range(300)]), timeout=TIMEOUT)
+    assert [result.WhichOneof("outcome") for result in answer.results] == ["written"] * 300, answer
+    # A stream of more writes than are under way at a time, each key again.
+    requests = (pb.WriteStreamRequest(item=item(number)) for number in range(300, 1_200))
+    answers = list(gateway.WriteStream(requests, timeout=TIMEOUT))
+    assert [answer.number for answer in answers] == list(range(1, 901))
+    assert all(answer.result.WhichOneof("outcome") == "written" for answer in answers)
+
+    keys = [f"item {number:03}" for number in range(300)]
+    answer = gateway.BatchGet(pb.BatchGetRequest(namespace="python", keys=keys), timeout=TIMEOUT)
+    values = [result.found.entry.value for result in answer.results]
+    assert values == [str(number).encode() for number in range(900, 1_200)], values
+    token, scanned = "", []
+    while True:
+        request = pb.ScanRequest(namespace="python", prefix="item ", page_size=70, page_token=token)
+        page = gateway.Scan(request, timeout=TIMEOUT)
+        scanned += [(record.key, record.entry.value) for record in page.records]
+        token = page.next_page_token
+        if not token:
+            break
+    assert scanned == list(zip(keys, values)), scanned
+    last = answers[-1].result.written.version
+    awaited = gateway.AwaitPersisted(pb.AwaitPersistedRequest(namespace="python", key=keys[-1], version=last), timeout=TIMEOUT)
+    assert awaited.version == last, awaited
+
+
 def health(channel):
     checks = health_pb2_grpc.HealthStub(channel)
     for service in ("", "tidegate.v1.Gateway", "tidegate.store"):
@@ -93,7 +144,7 @@ def main(address):
     with tempfile.TemporaryDirectory() as directory, grpc.insecure_channel(address) as channel:
         pb, stubs = generate(directory)
         gateway = stubs.GatewayStub(channel)
-        for check in (round_trips, expiry, refusals):
+        for check in (round_trips, expiry, refusals, decided_by_the_store, several_at_once):
             check(pb, gateway)
         health(channel)
         # Many calls at once on one connection.

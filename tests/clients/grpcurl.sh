@@ -37,7 +37,9 @@ expect "$gateway" "$services"
 expect grpc.health.v1.Health "$services"
 expect grpc.reflection.v1.ServerReflection "$services"
 methods=$("$grpcurl" -plaintext "$address" list $gateway)
-for method in Get Put Delete; do expect "$gateway.$method" "$methods"; done
+for method in Get Put Delete BatchGet BatchWrite WriteStream Scan Touch Increment AwaitPersisted; do
+    expect "$gateway.$method" "$methods"
+done
 expect 'rpc Put ( .tidegate.v1.PutRequest )' "$("$grpcurl" -plaintext "$address" describe $gateway)"
 expect 'google.protobuf.Duration ttl' "$("$grpcurl" -plaintext "$address" describe tidegate.v1.PutRequest)"
 
@@ -63,6 +65,38 @@ done
 key='"namespace":"grpcurl","key":"brief"'
 call $gateway/Put "{$key,\"ttl\":\"3600s\"}" >/dev/null
 expect '"expireTime":"20' "$(call $gateway/Get "{$key}")"
+
+# What the store decides, and what is written once.
+call $gateway/Put "{$key,\"value\":\"dg==\"}" >/dev/null
+refuse Aborted '"reason": "CONFLICT"' $gateway/Put "{$key,\"condition\":{\"existence\":\"EXISTENCE_ABSENT\"}}"
+refuse Aborted '"standing_version": "' $gateway/Put "{$key,\"condition\":{\"existence\":\"EXISTENCE_ABSENT\"}}"
+refuse FailedPrecondition '"reason": "ABSENT"' $gateway/Touch '{"namespace":"grpcurl","key":"nothing"}'
+expect '"expireTime":"20' "$(call $gateway/Touch "{$key,\"ttl\":\"3600s\"}")"
+count='{"namespace":"grpcurl","key":"counter","delta":5,"request_id":"first"}'
+expect '"value":"5"' "$(call $gateway/Increment "$count")"
+expect '"deduplicated":true' "$(call $gateway/Increment "$count")"
+expect '"value":"6"' "$(call $gateway/Increment '{"namespace":"grpcurl","key":"counter"}')"
+refuse FailedPrecondition '"reason": "NOT_A_COUNTER"' $gateway/Increment "{$key}"
+
+# Several at once: in one message, and in a stream.
+put() { printf '{"put":{"namespace":"grpcurl","key":"%s","value":"%s","write_mode":"WRITE_MODE_BEHIND"}}' "$1" "$(encoded "$1")"; }
+answer=$(call $gateway/BatchWrite "{\"items\":[$(put batch:a),$(put batch:b),{\"delete\":{\"namespace\":\"grpcurl\"}}]}")
+expect '"durability":"DURABILITY_JOURNAL"' "$answer"
+expect '"field":"key"' "$answer"
+answer=$(call $gateway/WriteStream "{\"item\":$(put batch:c)}{\"item\":$(put batch:d)}")
+expect '{"number":"1","result":{"written":' "$answer"
+expect '{"number":"2","result":{"written":' "$answer"
+answer=$(call $gateway/BatchGet '{"namespace":"grpcurl","keys":["batch:a","batch:d","nothing"]}')
+expect "\"value\":\"$(encoded batch:a)\"" "$answer"
+expect "\"value\":\"$(encoded batch:d)\"" "$answer"
+answer=$(call $gateway/Scan '{"namespace":"grpcurl","prefix":"batch:","page_size":3,"keys_only":true}')
+for letter in a b c; do expect "\"key\":\"batch:$letter\"" "$answer"; done
+token=$(printf '%s' "$answer" | sed -n 's/.*"nextPageToken":"\([^"]*\)".*/\1/p')
+answer=$(call $gateway/Scan "{\"namespace\":\"grpcurl\",\"prefix\":\"batch:\",\"page_token\":\"$token\"}")
+expect '{"records":[{"key":"batch:d",' "$answer"
+refuse InvalidArgument '"field": "page_token"' $gateway/Scan "{\"namespace\":\"grpcurl\",\"page_token\":\"$token\"}"
+call $gateway/AwaitPersisted '{}' >/dev/null
+refuse FailedPrecondition '"reason": "TOO_NEW"' $gateway/AwaitPersisted "{$key,\"version\":\"9223372036854775807\"}"
 
 # Error details arrive in a form that generic tools can read.
 refuse InvalidArgument google.rpc.BadRequest $gateway/Put '{"namespace":"?","ttl":"-1s"}'

@@ -1,11 +1,11 @@
 //! What every store must do about finding keys, by a tag, a prefix and their age, run against the real PostgreSQL and the real SQLite.
 //!
-//! Owns the contract of `Connection::tagged`, `Connection::keys_below` and `Connection::newest`, and of the tags that a commit keeps. Does not own
+//! Owns the contract of `Connection::tagged`, `Connection::keys_below`, `Connection::rows_below` and `Connection::newest`, of how much a load brings, and of the tags that a commit keeps. Does not own
 //! what the keys are good for.
 
 use tidegate::{
     model::{Key, TAGS_MAX, Tags, Timestamp, Write},
-    store::{Connection, StoreErrorKind},
+    store::{Connection, LOAD_BYTES_MAX, StoreErrorKind},
 };
 
 use crate::{
@@ -260,7 +260,88 @@ async fn a_key_that_is_none_is_said(fixture: Fixture) {
     assert_eq!(connection.keys_below("orders", "o", None, 10).await.expect("found"), []);
 }
 
+async fn rows_of_a_range_tell_what_stands_but_no_value(fixture: Fixture) {
+    let connection = &mut *fixture.connection();
+    let mut expiring = write("k3", 30, Some("four"));
+    expiring.entry.expires_at = Some(Timestamp(1_700_000_000_123));
+    let writes = vec![
+        write("j", 1, Some("v")),
+        write("k1", 10, Some("")),
+        write("k2", 20, None),
+        expiring,
+        write("k\u{e9}", 40, Some("v")),
+        write("l", 1, Some("v")),
+        Write {
+            key: key("carts", "k1"),
+            ..write("k1", 50, Some("v"))
+        },
+    ];
+    commit(connection, writes).await;
+    let rows = connection.rows_below("orders", "k", None, 10).await.expect("found");
+    let told: Vec<_> = rows
+        .iter()
+        .map(|row| (row.key.key(), row.version.get(), row.expires_at, row.value_bytes))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("k1", 10, None, Some(0)),
+            ("k2", 20, None, None),
+            ("k3", 30, Some(Timestamp(1_700_000_000_123)), Some(4)),
+            ("k\u{e9}", 40, None, Some(1)),
+        ]
+    );
+    let page = connection
+        .rows_below("orders", "k", Some("k1"), 2)
+        .await
+        .expect("found");
+    assert_eq!(page, rows[1..3]);
+    let all = connection
+        .rows_below("orders", "", Some("k3"), 10)
+        .await
+        .expect("found");
+    assert_eq!(
+        all.iter().map(|row| row.key.key()).collect::<Vec<_>>(),
+        ["k\u{e9}", "l"]
+    );
+}
+
+async fn a_load_ends_where_its_values_are_more_than_it_may_bring(fixture: Fixture) {
+    const MIB: usize = 1 << 20;
+    let connection = &mut *fixture.connection();
+    let value = "v".repeat(MIB);
+    // Absent ones and tombstones between them.
+    let wanted: Vec<Key> = (0..60).map(|number| key("orders", &format!("k{number:02}"))).collect();
+    for chunk in (0..60).collect::<Vec<_>>().chunks(10) {
+        let writes = chunk.iter().filter(|number| *number % 3 != 1).map(|number| {
+            let value = (number % 3 == 0).then_some(value.as_str());
+            write(&format!("k{number:02}"), 1, value)
+        });
+        commit(connection, writes.collect()).await;
+    }
+    let (mut loaded, mut calls) = (Vec::new(), 0);
+    while loaded.len() < wanted.len() {
+        let entries = connection.load(&wanted[loaded.len()..]).await.expect("loaded");
+        let values = entries.iter().flatten().filter(|entry| entry.value.is_some()).count();
+        assert!(values <= LOAD_BYTES_MAX / MIB + 1, "{values} MiB at once");
+        assert!(!entries.is_empty());
+        loaded.extend(entries);
+        calls += 1;
+    }
+    assert_eq!(calls, 2, "20 MiB of values");
+    for (number, entry) in loaded.iter().enumerate() {
+        match (number % 3, entry) {
+            (0, Some(entry)) => assert_eq!(entry.value_bytes(), MIB),
+            (1, None) => {}
+            (2, Some(entry)) => assert_eq!(entry.value, None),
+            other => panic!("{number}: {other:?}"),
+        }
+    }
+}
+
 contract! {
+    rows_of_a_range_tell_what_stands_but_no_value,
+    a_load_ends_where_its_values_are_more_than_it_may_bring,
     a_record_has_the_tags_of_the_write_that_stands,
     tags_are_kept_byte_for_byte,
     a_tag_is_of_its_namespace_and_goes_with_its_row,
@@ -301,7 +382,11 @@ async fn keys_are_found_by_an_index_and_no_row_beside_them_is_read() {
         if analysed {
             fixture.execute("vacuum analyze tidegate_entries", "").await;
         }
-        for (index, rows_max) in [("tidegate_entries_tags", 40), ("tidegate_entries_pkey", 20)] {
+        for (what, index, rows_max) in [
+            ("tagged", "tidegate_entries_tags", 40),
+            ("keys", "tidegate_entries_pkey", 20),
+            ("rows", "tidegate_entries_pkey", 20),
+        ] {
             // A session of its own, whose statistics are there when it has ended.
             connection.reset();
             until("earlier sessions have ended", async || {
@@ -312,12 +397,20 @@ async fn keys_are_found_by_an_index_and_no_row_beside_them_is_read() {
             })
             .await;
             fixture.execute("select pg_stat_reset()", "").await;
-            let found = if index.ends_with("tags") {
-                connection.tagged("orders", "red", None, 20).await
-            } else {
-                connection.keys_below("orders", "k02", None, 20).await
+            let found = match what {
+                "tagged" => connection.tagged("orders", "red", None, 20).await.expect("found").len(),
+                "keys" => connection
+                    .keys_below("orders", "k02", None, 20)
+                    .await
+                    .expect("found")
+                    .len(),
+                _ => connection
+                    .rows_below("orders", "k02", None, 20)
+                    .await
+                    .expect("found")
+                    .len(),
             };
-            assert_eq!(found.expect("found").len(), 20);
+            assert_eq!(found, 20);
             connection.reset();
             until("the statistics arrive", async || !counted(&fixture).await.1.is_empty()).await;
             let (fetched, scans) = counted(&fixture).await;

@@ -46,7 +46,7 @@ fn refs(names: &[String]) -> Vec<&str> {
 async fn all_that_miss_share_one_query_and_what_l1_has_asks_for_none() {
     let rig = rig(|setup| setup.flights_max = 1_000);
     for (number, name) in names(700).iter().enumerate() {
-        if number % 7 != 0 {
+        if !number.is_multiple_of(7) {
             rig.put_past(name, name, rig.ahead(Duration::ZERO));
         }
     }
@@ -58,7 +58,7 @@ async fn all_that_miss_share_one_query_and_what_l1_has_asks_for_none() {
         let before = rig.fake.loads().len();
         for (name, answer) in asked.iter().zip(seen(rig.get_all(&asked, consistency).await)) {
             let number: usize = name[1..].parse().expect("a number");
-            let value = (number % 7 != 0).then(|| (*name).to_owned());
+            let value = (!number.is_multiple_of(7)).then(|| (*name).to_owned());
             // Without Redis a shared read has nobody but the store to ask.
             assert_eq!(answer, Ok((value, Source::Store)), "{name} {consistency:?}");
         }

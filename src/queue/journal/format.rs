@@ -309,6 +309,25 @@ mod tests {
         }
     }
 
+    fn requested(write: Write, id: &str) -> Write {
+        let answered = Answered {
+            request: Request {
+                id: RequestId::new(id).expect("valid"),
+                fingerprint: Fingerprint(*b"sixteen bytes..."),
+                ends_at: Timestamp(i64::MAX),
+            },
+            answer: Answer {
+                version: write.entry.version,
+                counter: None,
+                expires_at: write.entry.expires_at,
+            },
+        };
+        Write {
+            requests: vec![answered],
+            ..write
+        }
+    }
+
     fn group(writes: &[Write], released_below: u64) -> Vec<u8> {
         let mut bytes = vec![0; GROUP_HEADER_BYTES];
         for write in writes {
@@ -326,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn records_come_back_whole_with_their_tombstones_expiries_and_tags() {
+    fn records_come_back_whole_with_their_tombstones_expiries_tags_and_ids() {
         let writes = [
             write(Some(b"value"), None),
             write(Some(b""), Some(0)),
@@ -334,9 +353,10 @@ mod tests {
             write(None, Some(-1)),
             Write {
                 tags: Tags::new(&["κόκκινο", "a\"b"]).expect("valid"),
-                requests: Vec::new(),
                 ..write(Some(b"tagged"), None)
             },
+            requested(write(Some(b"once"), Some(7)), "κλειδί"),
+            requested(write(None, None), &"x".repeat(64)),
         ];
         let bytes = group(&writes, 3);
         let header = GroupHeader::verify(MARK, &bytes).expect("whole");
@@ -352,7 +372,7 @@ mod tests {
             })
             .collect();
         assert_eq!(read, writes);
-        assert_eq!((header.next_record(), header.group_bytes()), (45, bytes.len()));
+        assert_eq!((header.next_record(), header.group_bytes()), (47, bytes.len()));
     }
 
     #[test]
@@ -376,6 +396,40 @@ mod tests {
             };
             assert_eq!(decode_record(&record.encode_length_delimited_to_vec()), Err(Malformed));
         }
+    }
+
+    #[test]
+    fn a_record_with_an_id_that_none_can_have_is_malformed() {
+        for (id, fingerprint) in [("a\0b", 16), (&*"x".repeat(65), 16), ("id", 15), ("id", 0)] {
+            let record = proto::Record {
+                namespace: "n".to_owned(),
+                key: "k".to_owned(),
+                version: 5,
+                request_id: id.to_owned(),
+                request_fingerprint: vec![1; fingerprint].into(),
+                ..proto::Record::default()
+            };
+            assert_eq!(decode_record(&record.encode_length_delimited_to_vec()), Err(Malformed));
+        }
+    }
+
+    #[test]
+    fn the_longest_record_fits_what_is_claimed_for_it() {
+        let longest = Write {
+            key: Key::new(&"n".repeat(63), &"k".repeat(1024)).expect("valid"),
+            tags: Tags::new(&(0..16).map(|n| format!("{n:0128}")).collect::<Vec<_>>()).expect("valid"),
+            entry: Entry {
+                version: Version::new(i64::MAX).expect("positive"),
+                value: Some(Bytes::from(vec![0; 1 << 24])),
+                expires_at: Some(Timestamp(i64::MIN)),
+            },
+            requests: Vec::new(),
+        };
+        let mut longest = requested(longest, &"x".repeat(64));
+        // Its varint is the longest.
+        longest.requests[0].request.ends_at = Timestamp(-1);
+        let claimed = longest.key.bytes() + longest.content_bytes() + super::super::config::RECORD_FRAME_BYTES;
+        assert!(encode_record(&longest).len() <= claimed);
     }
 
     #[test]

@@ -67,7 +67,7 @@ pub struct SegmentReport {
 pub struct Repair {
     /// Why a start refused the journal; `None` if it did not, and nothing was done.
     pub refusal: Option<JournalError>,
-    /// Writes that were kept: the newest of each key, of what was not released and could be read.
+    /// Writes that were kept: of what was not released and could be read the newest of each key, and older ones for their request ids.
     pub kept_writes: usize,
     /// The files that were set aside, by their new names.
     pub set_aside: Vec<String>,
@@ -182,7 +182,6 @@ pub fn repair(fs: Arc<dyn JournalFs>, config: &Config) -> Result<Repair, Journal
     let unusable = |source| JournalError::unusable(&*fs, None, source);
     // One that an interrupted repair left stands in the way.
     recover::remove_spares(&*fs, &salvage.spares).map_err(unusable)?;
-    let kept_writes = salvage.harvest.newest.len();
     let kept = salvage.harvest.into_found();
     let config = config.not_below(salvage.bytes_max);
     let segments = Segments::first(
@@ -216,7 +215,7 @@ pub fn repair(fs: Arc<dyn JournalFs>, config: &Config) -> Result<Repair, Journal
     }
     Ok(Repair {
         refusal: Some(refusal),
-        kept_writes,
+        kept_writes: kept.len(),
         set_aside,
     })
 }

@@ -1,6 +1,8 @@
-//! The pending table: what each step makes of it, and proofs that it does as a naive one does.
+//! The pending table: what each step makes of it; in [`model`] the proof that it does as a naive one does.
 
-use std::cell::Cell;
+mod model;
+
+use std::{cell::Cell, mem};
 
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -142,6 +144,16 @@ fn what_was_overtaken_in_flight_disturbs_nothing_later() {
 }
 
 #[test]
+fn what_comes_while_an_older_write_is_in_flight_is_due_at_its_own_time() {
+    let mut pending = Pending::new();
+    let _ = pending.offer(write(2, 1), (), Timestamp(0), Duration::from_millis(10));
+    assert_eq!(pending.take(Timestamp(0), 1, 1, true).len(), 1);
+    offer(&mut pending, 2, 2, 0);
+    assert_eq!(settle(&mut pending, 2, 1), (Settled::Left, None));
+    assert_eq!(pending.next_due(), Some(Timestamp(0)));
+}
+
+#[test]
 fn a_batch_ends_at_either_bound() {
     let mut pending = Pending::new();
     for number in 0..10 {
@@ -151,109 +163,6 @@ fn a_batch_ends_at_either_bound() {
     assert_eq!(pending.take(Timestamp(0), 3, usize::MAX, false).len(), 3);
     assert_eq!(pending.take(Timestamp(0), 10, weight + 1, false).len(), 2);
     assert_eq!(pending.take(Timestamp(0), 10, 0, false).len(), 0);
-}
-
-#[derive(Debug, Clone)]
-enum Step {
-    Offer(u8, i64, u64),
-    Take(usize, usize, bool),
-    Settle(u8, Option<i64>),
-    Release(u8, Option<i64>),
-    Overtake(u8, i64),
-    Wait(i64),
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    // A try that ends is mostly of the version in flight (`None`), and now and then of one long gone.
-    let tried = || prop_oneof![4 => Just(None), 1 => (1..30i64).prop_map(Some)];
-    let step = prop_oneof![
-        6 => (0..6u8, 1..30i64, 0..3u64).prop_map(|(k, v, d)| Step::Offer(k, v, d * 10)),
-        3 => (0..4usize, 0..600usize, any::<bool>()).prop_map(|(n, b, h)| Step::Take(n, b, h)),
-        3 => (0..6u8, tried()).prop_map(|(k, v)| Step::Settle(k, v)),
-        2 => (0..6u8, tried()).prop_map(|(k, v)| Step::Release(k, v)),
-        1 => (0..6u8, 1..30i64).prop_map(|(k, v)| Step::Overtake(k, v)),
-        2 => (1..15i64).prop_map(Step::Wait),
-    ];
-    proptest::collection::vec(step, 0..120)
-}
-
-/// The same table, naively: a list of slots in the order of nothing.
-#[derive(Debug, Default)]
-struct Model(Vec<ModelSlot>);
-
-#[derive(Debug, Clone)]
-struct ModelSlot {
-    key: u8,
-    newest: i64,
-    /// Acceptance, delay and rank of the oldest write that is in no batch.
-    waiting: Option<(i64, u64, usize)>,
-    flight: Option<(i64, (i64, u64, usize))>,
-}
-
-impl ModelSlot {
-    fn place(&self) -> (i64, u64, usize) {
-        self.flight
-            .map(|(_, place)| place)
-            .or(self.waiting)
-            .expect("one of them")
-    }
-
-    fn due(&self) -> (i64, usize) {
-        let (admitted, delay, rank) = self.place();
-        (admitted + delay as i64, rank)
-    }
-}
-
-impl Model {
-    fn slot(&mut self, key: u8) -> Option<&mut ModelSlot> {
-        self.0.iter_mut().find(|slot| slot.key == key)
-    }
-
-    fn offer(&mut self, key: u8, version: i64, now: i64, delay: u64, rank: usize) {
-        let Some(slot) = self.slot(key) else {
-            let waiting = Some((now, delay, rank));
-            return self.0.push(ModelSlot {
-                key,
-                newest: version,
-                waiting,
-                flight: None,
-            });
-        };
-        if version > slot.newest {
-            slot.newest = version;
-            slot.waiting = slot.waiting.or(Some((now, delay, rank)));
-        }
-    }
-
-    fn take(&mut self, now: i64, entries_max: usize, bytes_max: usize, hurried: bool) -> Vec<(Key, i64)> {
-        let mut taken = Vec::new();
-        let mut bytes = 0;
-        self.0.sort_by_key(ModelSlot::due);
-        for slot in self.0.iter_mut().filter(|slot| slot.flight.is_none()) {
-            if taken.len() < entries_max && bytes < bytes_max && (hurried || slot.due().0 <= now) {
-                slot.flight = slot.waiting.take().map(|place| (slot.newest, place));
-                bytes += write(slot.key, slot.newest).weight();
-                taken.push((key(slot.key), slot.newest));
-            }
-        }
-        taken
-    }
-
-    fn end(&mut self, key: u8, tried: i64, left: bool) {
-        if left {
-            self.overtake(key, tried);
-        }
-        if let Some(slot) = self.slot(key)
-            && let Some((_, place)) = slot.flight.take_if(|(version, _)| *version == tried)
-            && !left
-        {
-            slot.waiting = Some(place);
-        }
-    }
-
-    fn overtake(&mut self, key: u8, version: i64) {
-        self.0.retain(|slot| slot.key != key || slot.newest > version);
-    }
 }
 
 /// Distinct versions of one key in two orders, some of them lost in the first; and before which of them a batch is taken.
@@ -294,71 +203,5 @@ proptest! {
         prop_assert_eq!(tried.last().map(|write| write.entry.clone()), highest);
         prop_assert!(tried.windows(2).all(|pair| pair[0].entry.version < pair[1].entry.version));
         prop_assert_eq!((pending.get(&key(1)), held.get()), (None, 0));
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
-
-    /// Whatever happens in whatever order, the table shows, takes and counts as the naive one does, and holds one permit
-    /// per slot.
-    #[test]
-    fn does_as_the_naive_table(steps in steps()) {
-        let held = Cell::new(0);
-        let mut pending = Pending::new();
-        let mut model = Model::default();
-        let mut now = 0;
-        for (rank, step) in steps.into_iter().enumerate() {
-            let flying = |model: &mut Model, key| model.slot(key).and_then(|slot| slot.flight).map_or(1, |(v, _)| v);
-            match step {
-                Step::Offer(k, v, delay) => {
-                    let permit = Counted::new(&held);
-                    drop(pending.offer(write(k, v), permit, Timestamp(now), Duration::from_millis(delay)));
-                    model.offer(k, v, now, delay, rank);
-                }
-                Step::Take(entries_max, bytes_max, hurried) => {
-                    let taken = pending.take(Timestamp(now), entries_max, bytes_max, hurried);
-                    let taken: Vec<_> = taken.into_iter().map(|w| (w.key, w.entry.version.get())).collect();
-                    prop_assert_eq!(taken, model.take(now, entries_max, bytes_max, hurried));
-                }
-                Step::Settle(k, v) => {
-                    let v = v.unwrap_or_else(|| flying(&mut model, k));
-                    let _ = pending.settle(&key(k), version(v), &mut Vec::new());
-                    model.end(k, v, true);
-                }
-                Step::Release(k, v) => {
-                    let v = v.unwrap_or_else(|| flying(&mut model, k));
-                    pending.release(&key(k), version(v));
-                    model.end(k, v, false);
-                }
-                Step::Overtake(k, v) => {
-                    pending.overtake(&key(k), version(v), &mut Vec::new());
-                    model.overtake(k, v);
-                }
-                Step::Wait(millis) => now += millis,
-            }
-            for k in 0..6 {
-                let shown = shown(&pending, k);
-                let expected = model.slot(k).map(|slot| write(k, slot.newest).entry);
-                prop_assert_eq!(shown, expected);
-            }
-            prop_assert_eq!(pending.entries(), model.0.len());
-            let weight = model.0.iter().map(|slot| write(slot.key, slot.newest).weight()).sum::<usize>();
-            prop_assert_eq!(pending.bytes(), weight);
-            prop_assert_eq!(held.get(), model.0.len());
-            let waiting = model.0.iter().filter(|slot| slot.flight.is_none());
-            prop_assert_eq!(pending.next_due().map(|at| at.0), waiting.map(|slot| slot.due().0).min());
-            prop_assert_eq!(pending.oldest().map(|at| at.0), model.0.iter().map(|slot| slot.place().0).min());
-            let told = |(name, share): (&str, &Share)| (name.to_owned(), share.entries(), share.bytes, share.oldest().map(|at| at.0));
-            let mut told: Vec<_> = pending.shares().map(told).collect();
-            told.sort();
-            let counted = ["even", "odds"].into_iter().filter_map(|name| {
-                let slots: Vec<_> = model.0.iter().filter(|slot| namespace(slot.key) == name).collect();
-                let bytes = slots.iter().map(|slot| write(slot.key, slot.newest).weight()).sum::<usize>();
-                let oldest = slots.iter().map(|slot| slot.place().0).min();
-                (!slots.is_empty()).then(|| (name.to_owned(), slots.len(), bytes, oldest))
-            });
-            prop_assert_eq!(told, counted.collect::<Vec<_>>());
-        }
     }
 }

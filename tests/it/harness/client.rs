@@ -36,7 +36,7 @@ impl Mode {
 #[derive(Clone)]
 pub struct Client {
     stub: GatewayClient<Channel>,
-    namespace: String,
+    pub(super) namespace: String,
 }
 
 impl Client {

@@ -4,6 +4,7 @@
 //! test process is killed. Owns no expectation: what must hold is in the tests. Invariants: every wait has a deadline and says
 //! what it waited for; servers are shared only where a test cannot notice (one PostgreSQL, a database per test).
 
+pub mod calls;
 pub mod client;
 pub mod database;
 pub mod disk;
@@ -12,6 +13,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod stage;
 pub mod wire;
 
 use std::time::Duration;

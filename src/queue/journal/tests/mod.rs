@@ -10,7 +10,7 @@ mod space;
 mod threads;
 mod wakes;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -25,7 +25,7 @@ use super::{
     writer::{Turn, Writer},
 };
 use crate::{
-    model::{Entry, Key, Tags, Timestamp, Version, Write},
+    model::{Answer, Answered, Entry, Fingerprint, Key, Request, RequestId, Tags, Timestamp, Version, Write},
     telemetry::journal::JournalMetrics,
 };
 
@@ -74,6 +74,34 @@ fn write(key_number: usize, number: i64, bytes: usize) -> Write {
     }
 }
 
+/// The same write with a request id, which is still remembered or not.
+fn with_id(write: Write, remembered: bool) -> Write {
+    let answered = Answered {
+        request: Request {
+            id: RequestId::new(&format!("request of {}", write.entry.version.get())).expect("valid"),
+            fingerprint: Fingerprint((write.entry.version.get() as u128).to_be_bytes()),
+            ends_at: Timestamp(if remembered { i64::MAX } else { 1 }),
+        },
+        answer: Answer {
+            version: write.entry.version,
+            counter: None,
+            expires_at: write.entry.expires_at,
+        },
+    };
+    Write {
+        requests: vec![answered],
+        ..write
+    }
+}
+
+/// Whether a write is to come back for the sake of its id, whatever else stands on its key.
+fn has_id(write: &Write) -> bool {
+    write
+        .requests
+        .iter()
+        .any(|answered| answered.request.ends_at == Timestamp(i64::MAX))
+}
+
 /// What was appended, and when, in operations of the disk.
 #[derive(Debug, Clone)]
 struct Issued {
@@ -118,6 +146,7 @@ impl Expected<'_> {
     /// Says what is wrong with what was recovered.
     fn check(&self, found: &[Found], context: &dyn Fn() -> String) {
         let mut newest: HashMap<&Key, Version> = HashMap::new();
+        let mut all: HashSet<(&Key, Version)> = HashSet::new();
         for found in found {
             let Write { key, entry, .. } = &found.write;
             let issued = self.possible.get(&(key, entry.version));
@@ -128,12 +157,19 @@ impl Expected<'_> {
                 context()
             );
             assert_eq!(issued.copied(), Some(&found.write), "changed; {}", context());
-            assert!(
-                newest.insert(key, entry.version).is_none(),
-                "one write per key; {}",
-                context()
-            );
+            assert!(all.insert((key, entry.version)), "recovered twice; {}", context());
+            let newest = newest.entry(key).or_insert(entry.version);
+            *newest = entry.version.max(*newest);
         }
+        let is_newest = |write: &Write| newest.get(&write.key) == Some(&write.entry.version);
+        let needless = found
+            .iter()
+            .find(|found| !is_newest(&found.write) && !has_id(&found.write));
+        assert!(
+            needless.is_none(),
+            "one write per key, and those with ids; {}",
+            context()
+        );
         let present = |write: &Write| {
             newest
                 .get(&write.key)
@@ -141,6 +177,8 @@ impl Expected<'_> {
         };
         for write in &self.acked {
             assert!(present(write), "acknowledged and lost: {write:?}; {}", context());
+            let is_there = all.contains(&(&write.key, write.entry.version));
+            assert!(!has_id(write) || is_there, "an id is lost: {write:?}; {}", context());
         }
         // No hole: behind the first one that is missing, everything is. A write that came late, behind a newer one of its key, shows
         // nothing.
@@ -245,7 +283,7 @@ impl Driver {
     }
 
     /// Lets the journal work until it would sleep, and notes what it acknowledged. As soon as a write is acknowledged, the older ones
-    /// of its key are released.
+    /// of its key are released, unless they have an id.
     fn work(&mut self, idle: bool) -> std::io::Result<bool> {
         let mut idle = idle;
         loop {
@@ -281,7 +319,7 @@ impl Driver {
         }
     }
 
-    /// Releases all but the newest of the records of a key.
+    /// Releases all but the newest of the records of a key, and those with an id.
     fn supersede(&mut self, index: usize) {
         let key = self.history.issued[index].write.key.clone();
         let of_key = |history: &History, index: usize| history.issued[index].write.key == key;
@@ -292,6 +330,7 @@ impl Driver {
             .max_by_key(|index| version(&self.history, *index));
         let old: Vec<usize> = held()
             .filter(|index| of_key(&self.history, *index) && Some(*index) != newest)
+            .filter(|index| self.history.issued[*index].write.requests.is_empty())
             .collect();
         for index in old {
             self.release(index);
@@ -335,7 +374,10 @@ impl Driver {
                         0 => STRAGGLERS + self.next_version as usize,
                         _ => self.dice.below(keys),
                     };
-                    let write = write(key_number, number.max(1), self.dice.below(value_bytes_max + 1));
+                    let mut write = write(key_number, number.max(1), self.dice.below(value_bytes_max + 1));
+                    if self.dice.below(6) == 0 {
+                        write = with_id(write, self.dice.below(4) > 0);
+                    }
                     let known = |issued: &Issued| {
                         issued.write.key == write.key && issued.write.entry.version == write.entry.version
                     };
