@@ -43,9 +43,19 @@ pub enum Fault {
     EpochNotChecked,
     /// `publish-before-commit`: a write-through is in Redis before the store has it.
     PublishBeforeCommit,
+    /// `request-forgotten`: a write-behind write that a newer one of its key takes the place of leaves its request id behind.
+    RequestForgotten,
+    /// `request-not-looked-up`: PostgreSQL decides without looking up which requests were applied, and remembers none.
+    RequestNotLookedUp,
+    /// `decided-unlocked`: PostgreSQL decides about rows that others may change meanwhile.
+    DecidedUnlocked,
+    /// `decided-before-pending`: what the store decides does not wait for what is pending.
+    DecidedBeforePending,
+    /// `repeat-not-told`: a request that the store has applied before is answered, and the caches are left as they are.
+    RepeatNotTold,
 }
 
-const FAULTS: [(&str, Fault); 13] = [
+const FAULTS: [(&str, Fault); 18] = [
     ("ack-before-sync", Fault::AckBeforeSync),
     ("tail-not-cut", Fault::TailNotCut),
     ("no-version-guard", Fault::NoVersionGuard),
@@ -59,6 +69,11 @@ const FAULTS: [(&str, Fault); 13] = [
     ("refresh-over-pending", Fault::RefreshOverPending),
     ("epoch-not-checked", Fault::EpochNotChecked),
     ("publish-before-commit", Fault::PublishBeforeCommit),
+    ("request-forgotten", Fault::RequestForgotten),
+    ("request-not-looked-up", Fault::RequestNotLookedUp),
+    ("decided-unlocked", Fault::DecidedUnlocked),
+    ("decided-before-pending", Fault::DecidedBeforePending),
+    ("repeat-not-told", Fault::RepeatNotTold),
 ];
 
 /// A point at which the process may end as abruptly as by SIGKILL.

@@ -20,6 +20,8 @@ use super::{
     requests::{Done, Lead, Requests, Turned, fingerprint_of_increment, fingerprint_of_touch, reused},
     write::not_stamped,
 };
+#[cfg(feature = "planted-faults")]
+use crate::planted::{self, Fault};
 use crate::{
     error::{Error, ErrorKind},
     model::{Answer, Condition, Fingerprint, Key, Request, RequestId, Tags, Version, Write},
@@ -185,6 +187,10 @@ impl Gateway {
         let parts = self.parts();
         match decided {
             Decided::Repeated(answer) => {
+                #[cfg(feature = "planted-faults")]
+                if planted::is(Fault::RepeatNotTold) {
+                    return Some(Ok(done(answer, true)));
+                }
                 // Whoever wrote it may not have come to tell.
                 self.outdate(key, answer.version).await;
                 // Or it was this very call, whose first try had lost its answer.
@@ -217,8 +223,14 @@ impl Gateway {
         let (mut tried, mut standing) = (None, shown);
         loop {
             let version = self.stamp(key, standing).map_err(|error| (error, tried))?;
-            let settled = parts.queue.settled_below(key, version, last_word_at(deadline));
-            settled.await.map_err(|error| (undrained(error), tried))?;
+            #[cfg(feature = "planted-faults")]
+            let waits = !planted::is(Fault::DecidedBeforePending);
+            #[cfg(not(feature = "planted-faults"))]
+            let waits = true;
+            if waits {
+                let settled = parts.queue.settled_below(key, version, last_word_at(deadline));
+                settled.await.map_err(|error| (undrained(error), tried))?;
+            }
             let operation = Operation {
                 key: key.clone(),
                 version,
@@ -226,7 +238,7 @@ impl Gateway {
                 change: undecided.change.clone(),
                 request: undecided.request.clone(),
                 now: parts.clock.now(),
-                acknowledged: shown,
+                acknowledged: shown.filter(|_| waits),
             };
             tried = Some(version);
             let decided = parts.decisions.decide(operation, deadline).await;

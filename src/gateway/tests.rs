@@ -6,6 +6,7 @@
 mod batch_read;
 mod clock;
 mod coherence;
+mod decide;
 mod durable;
 mod freshness;
 mod scan;

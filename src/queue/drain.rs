@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    model::{Answered, KeyedAnswer, Write},
+    model::{KeyedAnswer, Write},
     store::{Committed, DeadLetter, Session, StoreError, StoreErrorKind},
     telemetry::{CommitLabels, CommitPath, StoreMetrics},
 };
@@ -304,7 +304,7 @@ impl Worker {
     /// Commits writes that have more ids than a transaction should: first the ids, piece by piece, then the writes. A write that is in the store
     /// has its ids there, so whoever sends it again after a crash is known.
     async fn commit_in_pieces(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError> {
-        let mut ids = writes.iter().flat_map(answers_of);
+        let mut ids = writes.iter().flat_map(Write::answers);
         loop {
             let piece: Vec<KeyedAnswer> = ids.by_ref().take(self.batch_writes_max).collect();
             if piece.is_empty() {
@@ -520,15 +520,6 @@ fn sorted(mut batch: Vec<Write>) -> (Vec<Write>, Vec<Write>) {
         is_outdated
     });
     (batch, outdated)
-}
-
-/// The ids of a write, each with its key.
-fn answers_of(write: &Write) -> impl Iterator<Item = KeyedAnswer> {
-    let keyed = |answered: &Answered| KeyedAnswer {
-        key: write.key.clone(),
-        answered: answered.clone(),
-    };
-    write.requests.iter().map(keyed)
 }
 
 /// What refuses an id refuses every id: no row of the batch is to blame.

@@ -208,6 +208,10 @@ impl<P: Payload> Pending<P> {
 
     /// A write does not stand, or no longer: if it has an id that is owed from now on, and else this is its payload.
     fn owe(&mut self, key: &Key, write: Newest<P>, admitted: Timestamp, tried: Tried) -> Option<P> {
+        #[cfg(feature = "planted-faults")]
+        if crate::planted::is(crate::planted::Fault::RequestForgotten) {
+            return Some(write.payload);
+        }
         let place = self.place(admitted, Duration::ZERO, write.entry.version);
         let owed = match write.into_owed(place, tried) {
             Ok(owed) => owed,

@@ -10,7 +10,7 @@ pub type Nanos = u64;
 /// A version, as the gateway returns it.
 pub type Version = i64;
 
-/// What tells one value from every other: a hash of its bytes. No value is written twice.
+/// What tells one value from every other: a hash of its bytes, or of a counter what it says. No value is put twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub u64);
 
@@ -23,6 +23,15 @@ pub enum Class {
     Behind,
     /// Either way.
     Mixed,
+    /// Only added to, which is through; and only ever something above nothing.
+    Counter,
+}
+
+impl Class {
+    /// Whether what an answer says of its keys is committed in the store, and linearizable.
+    pub fn is_through(self) -> bool {
+        matches!(self, Class::Through | Class::Counter)
+    }
 }
 
 /// Which copies may answer a read.
@@ -44,9 +53,44 @@ pub struct Replica {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Ok(Version),
+    /// What it asks for does not fit to what stood: the version of the live record, if there was one.
+    Refused(Option<Version>),
     NotApplied,
     /// It may have taken effect, or may yet.
     Unknown,
+}
+
+/// What a write makes of its key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Put(Value),
+    Delete,
+    /// The value stays, under another version. There must be one.
+    Touch,
+    /// A counter becomes so much more: what, if its caller was told.
+    Add {
+        delta: u64,
+        made: Option<Value>,
+    },
+}
+
+impl Change {
+    /// The value that it leaves, as far as that is known.
+    pub fn value(self) -> Option<Value> {
+        match self {
+            Change::Put(value) => Some(value),
+            Change::Add { made, .. } => made,
+            Change::Delete | Change::Touch => None,
+        }
+    }
+}
+
+/// What must stand for a write to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    Absent,
+    Present,
+    Version(Version),
 }
 
 /// What a read was answered, or what stands in a row: the version, and its value; no value is a tombstone. A read of an absent key is told
@@ -63,8 +107,10 @@ pub enum Act {
     Write {
         /// Answered once committed.
         through: bool,
-        /// `None`: a delete.
-        value: Option<Value>,
+        change: Change,
+        condition: Option<Condition>,
+        /// What it is the same write by, however often it is sent; each time is a call.
+        request: Option<u64>,
         outcome: Outcome,
     },
     Read {
@@ -90,6 +136,26 @@ pub struct Op {
     pub call: Nanos,
     pub ret: Nanos,
     pub act: Act,
+}
+
+impl Op {
+    /// Whether it is a write that the store decided, as it stood there, and not by its version alone.
+    pub fn is_decided(&self) -> bool {
+        match self.act {
+            Act::Write {
+                through,
+                change,
+                condition,
+                request,
+                ..
+            } => {
+                condition.is_some()
+                    || matches!(change, Change::Touch | Change::Add { .. })
+                    || through && request.is_some()
+            }
+            Act::Read { .. } => false,
+        }
+    }
 }
 
 /// A read after everything was healed and drained.

@@ -3,10 +3,11 @@
 use crate::history::Class;
 
 /// How many keys there are of each class.
-const CLASSES: [(Class, &str, usize); 3] = [
+const CLASSES: [(Class, &str, usize); 4] = [
     (Class::Through, "through", 30),
     (Class::Behind, "behind", 6),
     (Class::Mixed, "mixed", 6),
+    (Class::Counter, "counter", 3),
 ];
 
 /// The first keys that are written only through, and often. The others of that class are written now and then: a copy of one that is stale

@@ -1,29 +1,33 @@
 //! The clients: each a session of its own, at one replica or at all of them.
 //!
 //! Owns what they ask for, and that every call is noted with its times and its outcome. A call that is not answered in time, or by whom it
-//! was sent to, has an outcome that nobody knows.
+//! was sent to, has an outcome that nobody knows: a write that has a name is then sent again, and sometimes all the same.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, VecDeque},
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Duration,
 };
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use tidegate::rpc::proto::{DeleteRequest, Entry, GetRequest, PutRequest, ReadConsistency};
+use tidegate::rpc::proto::{
+    BatchGetRequest, BatchWriteRequest, Entry, GetRequest, GetResponse, ReadConsistency, WriteResult, batch_get_result,
+    write_result,
+};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
-use tonic_types::StatusExt;
 
 use crate::{
+    check::ONCE,
     harness::Mode,
-    history::{Act, Class, Consistency, Nanos, Op, Outcome, Value, Version},
+    history::{Act, Change, Class, Condition, Consistency, Nanos, Op, Outcome, Value, Version},
     keys,
+    orders::{Order, Told, outcome_of, outcome_of_item},
     stage::{Front, REPLICAS},
 };
 
@@ -36,10 +40,31 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_millis(500);
 
 /// The hundredths of the calls that are writes.
-const READS: u32 = 35;
+const WRITES: u32 = 35;
 
 /// The share of the calls of a quiet key that may be one.
 const QUIET_WRITES: f64 = 0.01;
+
+/// The shares of the calls that are several at once, of the writes and of the adds that have a name, of those that are sent again though they were
+/// answered, and of the turns of a client that has one to send again which it does.
+const BATCHES: f64 = 0.04;
+const NAMED_WRITES: f64 = 0.4;
+const NAMED_ADDS: f64 = 0.8;
+const AGAIN: f64 = 0.05;
+const RETRIES: f64 = 0.5;
+
+/// How many keys a call of several has.
+const BATCH: std::ops::Range<usize> = 2..9;
+
+/// With how many writes that are to be sent again a session sends nothing else.
+const OPEN_MAX: usize = 16;
+
+/// How many writes a session keeps to send them again, and for how long: names are remembered for ten minutes.
+const KEPT_MAX: usize = 8;
+const KEPT: Duration = Duration::from_secs(120);
+
+/// How long after the run a write with a name is sent again until it is answered.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The most calls of one session: a run that is longer than that has enough of them.
 const CALLS_MAX: usize = 100_000;
@@ -47,8 +72,13 @@ const CALLS_MAX: usize = 100_000;
 /// How long a client leaves those alone who have failed it.
 const PACE: Duration = Duration::from_millis(10);
 
-/// What tells a value from all others.
-pub fn hash(bytes: &[u8]) -> Value {
+/// What tells a value of a key from all others of it.
+pub fn tell(key: usize, bytes: &[u8]) -> Value {
+    if keys::classes()[key] == Class::Counter
+        && let Some(number) = std::str::from_utf8(bytes).ok().and_then(|text| text.parse().ok())
+    {
+        return Value(number);
+    }
     let mut hasher = DefaultHasher::new();
     bytes.hash(&mut hasher);
     Value(hasher.finish())
@@ -85,6 +115,10 @@ impl Load {
                 classes: keys::classes(),
                 // Another third carries what it knows.
                 known: (session % 3 == 2).then(HashMap::new),
+                shown: HashMap::new(),
+                written: 0,
+                open: VecDeque::new(),
+                kept: VecDeque::new(),
                 record: Record::default(),
             };
             clients.spawn(client.run());
@@ -113,123 +147,301 @@ struct Session {
     classes: Vec<Class>,
     /// Of each key the highest version that it wrote or was shown, if it carries that from replica to replica.
     known: Option<HashMap<usize, Version>>,
+    /// Of each key the version that it was shown last.
+    shown: HashMap<usize, Version>,
+    /// How many writes it has sent, each time that one is sent again not counted.
+    written: u64,
+    /// Writes with names that were not answered.
+    open: VecDeque<Order>,
+    /// Those that were, to be sent again.
+    kept: VecDeque<(Instant, Order)>,
     record: Record,
 }
 
 impl Session {
     async fn run(mut self) -> Record {
         while !self.stop.is_cancelled() && self.record.ops.len() < CALLS_MAX {
-            let replica = self.home.unwrap_or_else(|| self.rng.random_range(0..REPLICAS));
-            let key = self.rng.random_range(0..self.classes.len());
-            let asked = if keys::is_quiet(key) && !self.rng.random_bool(QUIET_WRITES) {
-                READS
-            } else {
-                self.rng.random_range(0..100)
-            };
-            let answered = self.front.is_up(replica)
-                && match asked {
-                    0..30 => self.put(replica, key).await,
-                    30..READS => self.delete(replica, key).await,
-                    _ => self.get(replica, key).await,
-                };
-            if answered {
+            if self.turn().await {
                 // A few in between leave the machine to the gateways.
                 sleep(Duration::from_micros(self.rng.random_range(0..4000))).await;
             } else {
                 sleep(PACE).await;
             }
         }
+        self.end().await;
         self.record
     }
 
-    async fn put(&mut self, replica: usize, key: usize) -> bool {
-        let mut value = format!("{:016x}.{}.{}.", self.run, self.number, self.record.ops.len()).into_bytes();
-        let filler = self.rng.random_range(0..800);
-        value.resize(value.len() + filler, b'.');
-        let seen = hash(&value);
-        let mode = self.mode(key);
-        let request = PutRequest {
-            namespace: keys::namespace(self.classes[key]).to_owned(),
-            key: keys::name(key),
-            value: value.into(),
-            write_mode: mode.number(),
-            ..PutRequest::default()
-        };
-        let send = async |front: &Front, session| {
-            let mut stub = front.client(replica, session).stub();
-            let answer = stub.put(within_deadline(request)).await?;
-            Ok(answer.into_inner().version)
-        };
-        self.write(replica, key, mode, Some(seen), send).await
+    /// Sends something. Whether it was answered.
+    async fn turn(&mut self) -> bool {
+        let replica = self.home.unwrap_or_else(|| self.rng.random_range(0..REPLICAS));
+        if self.open.len() >= OPEN_MAX || !self.open.is_empty() && self.rng.random_bool(RETRIES) {
+            let order = self.open.pop_front();
+            return self.again(replica, order).await;
+        }
+        if !self.kept.is_empty() && self.rng.random_bool(AGAIN) {
+            let place = self.rng.random_range(0..self.kept.len());
+            let kept = self.kept.remove(place).filter(|(since, _)| since.elapsed() < KEPT);
+            return self.again(replica, kept.map(|(_, order)| order)).await;
+        }
+        if !self.front.is_up(replica) {
+            return false;
+        }
+        if self.rng.random_bool(BATCHES) {
+            return if self.rng.random() {
+                self.get_several(replica).await
+            } else {
+                self.write_several(replica).await
+            };
+        }
+        let key = self.rng.random_range(0..self.classes.len());
+        let writes =
+            (!keys::is_quiet(key) || self.rng.random_bool(QUIET_WRITES)) && self.rng.random_range(0..100) < WRITES;
+        if !writes {
+            return self.get(replica, key).await;
+        }
+        let order = self.order(replica, key, true);
+        self.write(replica, order).await
     }
 
-    async fn delete(&mut self, replica: usize, key: usize) -> bool {
-        let mode = self.mode(key);
-        let request = DeleteRequest {
-            namespace: keys::namespace(self.classes[key]).to_owned(),
-            key: keys::name(key),
-            write_mode: mode.number(),
-            ..DeleteRequest::default()
-        };
-        let send = async |front: &Front, session| {
-            let mut stub = front.client(replica, session).stub();
-            let answer = stub.delete(within_deadline(request)).await?;
-            Ok(answer.into_inner().version)
-        };
-        self.write(replica, key, mode, None, send).await
+    /// Sends a write again that has a name, to whom it may be sent.
+    async fn again(&mut self, replica: usize, order: Option<Order>) -> bool {
+        let Some(order) = order else { return true };
+        let replica = order.home.unwrap_or(replica);
+        if !self.front.is_up(replica) {
+            self.open.push_back(order);
+            return false;
+        }
+        self.write(replica, order).await
     }
 
-    fn mode(&mut self, key: usize) -> Mode {
-        match self.classes[key] {
-            Class::Through => Mode::Through,
-            Class::Behind => Mode::Behind,
-            Class::Mixed => [Mode::Through, Mode::Behind][self.rng.random_range(0..2)],
+    /// Sends what was not answered until it is, when everything is whole again.
+    async fn end(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while let Some(order) = self.open.pop_front() {
+            let replica = order.home.unwrap_or_else(|| self.rng.random_range(0..REPLICAS));
+            let Order {
+                key, change, request, ..
+            } = order;
+            let what = format!("{change:?} of key {key} as request {request:?}");
+            if self.front.is_up(replica) && self.write(replica, order).await {
+                continue;
+            }
+            if Instant::now() > deadline {
+                let what = format!("when all was healed for {PATIENCE:?} this was not answered: {what}");
+                self.record.complaints.push(what);
+                return;
+            }
+            sleep(PACE).await;
         }
     }
 
-    /// Sends a write and notes it. Whether it was answered with OK.
-    async fn write(
-        &mut self,
-        replica: usize,
-        key: usize,
-        mode: Mode,
-        value: Option<Value>,
-        send: impl AsyncFnOnce(&Front, u32) -> Result<Version, Status>,
-    ) -> bool {
+    /// Makes up a write of a key; one of several is a put or a delete.
+    fn order(&mut self, replica: usize, key: usize, alone: bool) -> Order {
+        self.written += 1;
+        let number = u64::from(self.number) << 32 | self.written;
+        let class = self.classes[key];
+        if class == Class::Counter {
+            let named = self.rng.random_bool(NAMED_ADDS);
+            let delta = if named { self.rng.random_range(1..10) } else { ONCE };
+            return Order {
+                key,
+                mode: Mode::Through,
+                change: Change::Add { delta, made: None },
+                condition: None,
+                request: named.then_some(number),
+                value: bytes::Bytes::new(),
+                home: None,
+            };
+        }
+        let mut value = format!("{:016x}.{number}.", self.run).into_bytes();
+        value.resize(value.len() + self.rng.random_range(0..800), b'.');
+        let put = Change::Put(tell(key, &value));
+        let shown = self.shown.get(&key).copied().map(Condition::Version);
+        let dice = self.rng.random_range(match class {
+            Class::Behind => 0..65,
+            // More of what has to wait for what is pending.
+            Class::Mixed => 25..100,
+            Class::Through | Class::Counter => 0..100,
+        });
+        let (change, condition) = match dice {
+            0..55 => (put, None),
+            55..65 => (Change::Delete, None),
+            65..73 => (put, Some(Condition::Absent)),
+            73..78 => (put, Some(Condition::Present)),
+            78..88 => (put, shown),
+            88..92 => (Change::Delete, shown),
+            92..95 => (Change::Delete, Some(Condition::Present)),
+            _ if alone => (Change::Touch, None),
+            _ => (put, Some(Condition::Absent)),
+        };
+        let decided = condition.is_some() || change == Change::Touch;
+        let mode = match class {
+            Class::Behind => Mode::Behind,
+            Class::Mixed if !decided && self.rng.random() => Mode::Behind,
+            Class::Through | Class::Mixed | Class::Counter => Mode::Through,
+        };
+        let named = self.rng.random_bool(NAMED_WRITES);
+        Order {
+            key,
+            mode,
+            change,
+            condition,
+            request: named.then_some(number),
+            value: value.into(),
+            home: (named && mode == Mode::Behind).then_some(replica),
+        }
+    }
+
+    /// Sends a write and notes it. Whether it was answered, if with a refusal.
+    async fn write(&mut self, replica: usize, order: Order) -> bool {
         let front = Arc::clone(&self.front);
         let asked = Asked::now(&front, replica);
-        let outcome = match timeout(DEADLINE + GRACE, send(&front, self.number)).await {
-            Ok(Ok(version)) => Outcome::Ok(version),
-            Ok(Err(status)) => self.outcome(&status),
-            Err(_) => Outcome::Unknown,
+        let told = match timeout(DEADLINE + GRACE, self.send(&front, replica, &order)).await {
+            Ok(Ok(told)) => told,
+            Ok(Err(status)) => self.failed(outcome_of(&status)),
+            Err(_) => Told::Failed(Outcome::Unknown),
         };
-        let act = Act::Write {
-            through: mode == Mode::Through,
-            value,
-            outcome,
-        };
-        self.record.ops.push(asked.answered(&front, self.number, key, act));
-        if let Outcome::Ok(version) = outcome {
-            self.learn(key, version);
-        }
-        matches!(outcome, Outcome::Ok(_))
+        self.note(order, told, &asked)
     }
 
-    /// What an error says about a write.
-    fn outcome(&mut self, status: &Status) -> Outcome {
-        let Some(info) = status.get_details_error_info() else {
-            // Not the gateway's word.
-            return Outcome::Unknown;
+    async fn send(&self, front: &Front, replica: usize, order: &Order) -> Result<Told, Status> {
+        let mut stub = front.client(replica, self.number).stub();
+        Ok(match order.change {
+            Change::Put(_) => Told::version(
+                stub.put(within_deadline(order.put(self.run)))
+                    .await?
+                    .into_inner()
+                    .version,
+            ),
+            Change::Delete => Told::version(
+                stub.delete(within_deadline(order.delete(self.run)))
+                    .await?
+                    .into_inner()
+                    .version,
+            ),
+            Change::Touch => Told::version(
+                stub.touch(within_deadline(order.touch(self.run)))
+                    .await?
+                    .into_inner()
+                    .version,
+            ),
+            Change::Add { delta, .. } => {
+                let request = within_deadline(order.increment(self.run, delta));
+                let answer = stub.increment(request).await?.into_inner();
+                Told::Ok {
+                    version: answer.version,
+                    made: Some(Value(answer.value as u64)),
+                }
+            }
+        })
+    }
+
+    /// Sends several writes at once.
+    async fn write_several(&mut self, replica: usize) -> bool {
+        let mut orders = Vec::new();
+        for key in self.several(|key, class| !keys::is_quiet(key) && class != Class::Counter) {
+            orders.push(self.order(replica, key, false));
+        }
+        // Now and then one key twice.
+        if self.rng.random_range(0..10) == 0 {
+            let key = orders[0].key;
+            orders.push(self.order(replica, key, false));
+        }
+        let front = Arc::clone(&self.front);
+        let asked = Asked::now(&front, replica);
+        let mut stub = front.client(replica, self.number).stub();
+        let request = within_deadline(BatchWriteRequest {
+            items: orders.iter().map(|order| order.item(self.run)).collect(),
+        });
+        let results = match timeout(DEADLINE + GRACE, stub.batch_write(request)).await {
+            Ok(Ok(answer)) => answer.into_inner().results,
+            Ok(Err(status)) => {
+                let told = self.failed(outcome_of(&status));
+                orders.into_iter().for_each(|order| {
+                    self.note(order, told, &asked);
+                });
+                return false;
+            }
+            Err(_) => {
+                let told = Told::Failed(Outcome::Unknown);
+                orders.into_iter().for_each(|order| {
+                    self.note(order, told, &asked);
+                });
+                return false;
+            }
         };
-        match info.metadata.get("outcome").map(String::as_str) {
-            Some("not_applied") => Outcome::NotApplied,
-            Some("unknown") => Outcome::Unknown,
-            other => {
-                let what = format!("a write failed with the outcome {other:?}: {status:?}");
-                self.record.complaints.push(what);
-                Outcome::Unknown
+        if results.len() != orders.len() {
+            let what = format!("{} writes were answered by {}", orders.len(), results.len());
+            self.record.complaints.push(what);
+        }
+        let mut answered = true;
+        for (order, WriteResult { outcome }) in orders.into_iter().zip(results) {
+            let told = match outcome {
+                Some(write_result::Outcome::Written(written)) => Told::version(written.version),
+                Some(write_result::Outcome::Failure(failure)) => self.failed(outcome_of_item(&failure)),
+                None => self.failed(Err("one of several writes has no outcome".to_owned())),
+            };
+            answered &= self.note(order, told, &asked);
+        }
+        answered
+    }
+
+    /// Some keys that fit, each once.
+    fn several(&mut self, fits: impl Fn(usize, Class) -> bool) -> BTreeSet<usize> {
+        let fitting: Vec<usize> = (0..self.classes.len())
+            .filter(|key| fits(*key, self.classes[*key]))
+            .collect();
+        let count = self.rng.random_range(BATCH);
+        (0..count)
+            .map(|_| fitting[self.rng.random_range(0..fitting.len())])
+            .collect()
+    }
+
+    /// Notes a write that was sent. Whether it was answered, if with a refusal.
+    fn note(&mut self, order: Order, told: Told, asked: &Asked) -> bool {
+        let act = order.act(told);
+        self.record
+            .ops
+            .push(asked.answered(&self.front, self.number, order.key, act));
+        let answered = match told {
+            Told::Ok { version, .. } => {
+                self.shown.insert(order.key, version);
+                self.learn(order.key, version);
+                true
+            }
+            Told::Failed(Outcome::Refused(standing)) => {
+                if let Some(standing) = standing {
+                    self.shown.insert(order.key, standing);
+                }
+                true
+            }
+            Told::Failed(_) => false,
+        };
+        if order.request.is_none() {
+            return answered;
+        }
+        // What was not applied need not be sent again; but what is to be counted is.
+        let again = match told {
+            Told::Failed(Outcome::NotApplied) => matches!(order.change, Change::Add { .. }) || self.rng.random(),
+            _ => true,
+        };
+        if !answered && again {
+            self.open.push_back(order);
+        } else if again {
+            self.kept.push_back((Instant::now(), order));
+            if self.kept.len() > KEPT_MAX {
+                self.kept.pop_front();
             }
         }
+        answered
+    }
+
+    fn failed(&mut self, outcome: Result<Outcome, String>) -> Told {
+        Told::Failed(outcome.unwrap_or_else(|what| {
+            self.record.complaints.push(what);
+            Outcome::Unknown
+        }))
     }
 
     fn learn(&mut self, key: usize, version: Version) {
@@ -239,13 +451,65 @@ impl Session {
         }
     }
 
-    /// Reads, and notes what was there. Whether it was answered.
-    async fn get(&mut self, replica: usize, key: usize) -> bool {
-        let consistency = match self.rng.random_range(0..20) {
+    fn consistency(&mut self) -> Consistency {
+        match self.rng.random_range(0..20) {
             0..10 => Consistency::Cached,
             10..13 => Consistency::Shared,
             _ => Consistency::Store,
+        }
+    }
+
+    /// Reads several keys at once.
+    async fn get_several(&mut self, replica: usize) -> bool {
+        // Of one namespace.
+        let class = self.classes[self.rng.random_range(0..self.classes.len())];
+        let keys = self.several(|_, other| other == class);
+        let consistency = self.consistency();
+        let request = within_deadline(BatchGetRequest {
+            namespace: keys::namespace(class).to_owned(),
+            keys: keys.iter().map(|key| keys::name(*key)).collect(),
+            consistency: number(consistency),
+            max_staleness: None,
+        });
+        let front = Arc::clone(&self.front);
+        let asked = Asked::now(&front, replica);
+        let mut stub = front.client(replica, self.number).stub();
+        let Ok(Ok(answer)) = timeout(DEADLINE + GRACE, stub.batch_get(request)).await else {
+            self.record.failed_reads += 1;
+            return false;
         };
+        let results = answer.into_inner().results;
+        if results.len() != keys.len() {
+            let what = format!("{} reads were answered by {}", keys.len(), results.len());
+            self.record.complaints.push(what);
+        }
+        for (key, result) in keys.into_iter().zip(results) {
+            match result.outcome {
+                Some(batch_get_result::Outcome::Found(found)) => {
+                    let act = shown(key, consistency, None, &found);
+                    self.note_read(asked.answered(&front, self.number, key, act));
+                }
+                Some(batch_get_result::Outcome::Failure(_)) => self.record.failed_reads += 1,
+                None => self
+                    .record
+                    .complaints
+                    .push("one of several reads has no outcome".to_owned()),
+            }
+        }
+        true
+    }
+
+    fn note_read(&mut self, op: Op) {
+        if let Some((version, _)) = found(&op) {
+            self.shown.insert(op.key, version);
+            self.learn(op.key, version);
+        }
+        self.record.ops.push(op);
+    }
+
+    /// Reads, and notes what was there. Whether it was answered.
+    async fn get(&mut self, replica: usize, key: usize) -> bool {
+        let consistency = self.consistency();
         let front = Arc::clone(&self.front);
         // Who asks for a version renews the copies that are below it, and nobody would see those of a quiet key.
         let known = self.known.as_ref().filter(|_| !keys::is_quiet(key));
@@ -253,10 +517,7 @@ impl Session {
         let read = read(&front, self.number, replica, key, consistency, at_least);
         match read.await {
             Ok(op) => {
-                if let Some((version, _)) = found(&op) {
-                    self.learn(key, version);
-                }
-                self.record.ops.push(op);
+                self.note_read(op);
                 true
             }
             Err(_) => {
@@ -287,11 +548,7 @@ pub async fn read(
     let request = GetRequest {
         namespace: keys::namespace(keys::classes()[key]).to_owned(),
         key: keys::name(key),
-        consistency: (match consistency {
-            Consistency::Cached => ReadConsistency::Cached,
-            Consistency::Shared => ReadConsistency::Shared,
-            Consistency::Store => ReadConsistency::Store,
-        }) as i32,
+        consistency: number(consistency),
         min_version: at_least.unwrap_or(0),
         ..GetRequest::default()
     };
@@ -300,16 +557,28 @@ pub async fn read(
     let call = timeout(DEADLINE + GRACE, stub.get(within_deadline(request)));
     let late = |_| Status::deadline_exceeded("not answered in time");
     let answer = call.await.map_err(late)??.into_inner();
-    let source = answer.source().as_str_name();
-    let found = answer.entry.map(|Entry { version, value, .. }| (version, hash(&value)));
-    let act = Act::Read {
+    let act = shown(key, consistency, at_least, &answer);
+    Ok(asked.answered(front, session, key, act))
+}
+
+/// What an answer shows of a key.
+fn shown(key: usize, consistency: Consistency, at_least: Option<Version>, answer: &GetResponse) -> Act {
+    let entry = answer.entry.as_ref();
+    Act::Read {
         consistency,
         at_least,
-        found,
+        found: entry.map(|Entry { version, value, .. }| (*version, tell(key, value))),
         stale: answer.stale,
-        source,
-    };
-    Ok(asked.answered(front, session, key, act))
+        source: answer.source().as_str_name(),
+    }
+}
+
+fn number(consistency: Consistency) -> i32 {
+    (match consistency {
+        Consistency::Cached => ReadConsistency::Cached,
+        Consistency::Shared => ReadConsistency::Shared,
+        Consistency::Store => ReadConsistency::Store,
+    }) as i32
 }
 
 fn within_deadline<T>(message: T) -> Request<T> {
@@ -334,7 +603,7 @@ impl Asked {
         }
     }
 
-    fn answered(self, front: &Front, session: u32, key: usize, act: Act) -> Op {
+    fn answered(&self, front: &Front, session: u32, key: usize, act: Act) -> Op {
         let ret = front.nanos(Instant::now());
         let same = front.life(self.replica) == self.life;
         Op {

@@ -27,6 +27,7 @@ mod harness;
 mod history;
 mod keys;
 mod load;
+mod orders;
 mod plan;
 mod report;
 mod run;

@@ -12,15 +12,17 @@ use std::{
 
 use crate::{
     check::{Bounds, Complaint, Verdict, judge},
-    history::{Act, Nanos, Op, Outcome},
+    history::{Act, Change, Nanos, Op, Outcome},
     keys,
     run::Ended,
 };
 
-/// How stale a read may be: whatever breaks, what the documents state and the time of a call; and in calm times.
+/// How stale a read may be: whatever breaks, what the documents state and the time of a call; and in calm times. A write is decided
+/// within its deadline, and what a pause or a lost connection adds to that.
 const BOUNDS: Bounds = Bounds {
     ever: 8_000 * MILLI,
     calm: 1_500 * MILLI,
+    open: 20_000 * MILLI,
 };
 
 const MILLI: Nanos = 1_000_000;
@@ -214,6 +216,10 @@ fn void(ended: &Ended, verdict: &Verdict) -> Vec<String> {
         ("what replicas acknowledged", judged.own),
         ("staleness", judged.staleness),
         ("staleness in calm times", judged.calm),
+        ("repeated answers", judged.requests),
+        ("conditions that held", judged.conditions),
+        ("conditions that did not", judged.refusals),
+        ("what was counted", judged.counted),
     ] {
         if count == 0 {
             void.push(format!("void: nothing was judged by {what}"));
@@ -233,16 +239,29 @@ fn line_of(op: &Op) -> String {
     match &op.act {
         Act::Write {
             through,
-            value,
+            change,
+            condition,
+            request,
             outcome,
         } => {
-            let what = if value.is_some() { "put" } else { "delete" };
+            let what = match change {
+                Change::Put(value) => format!("put of {value:?}"),
+                Change::Delete => "delete".to_owned(),
+                Change::Touch => "touch".to_owned(),
+                Change::Add { delta, made } => format!("add of {delta}, which made {made:?}"),
+            };
             let how = if *through { "through" } else { "behind" };
+            let condition = condition
+                .map(|condition| format!(" if {condition:?}"))
+                .unwrap_or_default();
+            let request = request
+                .map(|request| format!(" as request {request}"))
+                .unwrap_or_default();
             let outcome = match outcome {
                 Outcome::Ok(version) => format!("version {version}"),
-                Outcome::NotApplied | Outcome::Unknown => format!("{outcome:?}"),
+                Outcome::Refused(_) | Outcome::NotApplied | Outcome::Unknown => format!("{outcome:?}"),
             };
-            format!("{place}: {what} {how} {value:?}: {outcome}")
+            format!("{place}: {what} {how}{condition}{request}: {outcome}")
         }
         Act::Read {
             consistency,

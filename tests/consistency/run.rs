@@ -65,7 +65,11 @@ pub async fn run(seed: u64, length: Duration, lane: Option<usize>) -> Ended {
     };
     settle(&stage, &mut history).await;
     fallen(&mut stage, &mut complaints);
-    complaints.extend(records.iter_mut().flat_map(|record| record.complaints.drain(..)));
+    for what in records.iter_mut().flat_map(|record| record.complaints.drain(..)) {
+        if !complaints.contains(&what) {
+            complaints.push(what);
+        }
+    }
     history.calm = calm(&faults, history.ops.iter().map(|op| op.ret).max().unwrap_or(0));
     let failed_reads = records.iter().map(|record| record.failed_reads).sum();
     history

@@ -30,12 +30,16 @@ const CLOCK_OFFSET_MAX: i64 = 5_000;
 const CONNECTIONS: usize = 4;
 
 /// The configuration of every gateway. Copies of the keys that are written only through live as long as by default: nothing but what is promised
-/// keeps them from being stale. Those of the keys written behind end soon, so that they are renewed while writes are pending.
+/// keeps them from being stale. Those of the keys written behind end soon, so that they are renewed while writes are pending. On the keys written
+/// either way writes are pending for long enough that what the store decides has to wait for them.
 const CONFIG: &str = r#"
 [namespaces.behind]
 write_delay = "100ms"
 cache_lifetime = "500ms"
 refresh_threshold = 0.9
+
+[namespaces.mixed]
+write_delay = "300ms"
 
 [queue]
 retry_backoff_max = "200ms"

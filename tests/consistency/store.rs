@@ -10,7 +10,7 @@ use crate::{
     harness::{SOON, eventually, expect, postgres},
     history::Record,
     keys,
-    load::hash,
+    load::tell,
 };
 
 /// Rows of one key change one after the other, so their numbers rise as they do. What the gateway probes with is not of this. A row that is
@@ -25,7 +25,7 @@ const TRIGGER: &str = "
     );
     create function note_change() returns trigger language plpgsql as $$
     begin
-        if new.namespace in ('through', 'behind', 'mixed') then
+        if new.namespace in ('through', 'behind', 'mixed', 'counter') then
             insert into audit (namespace, key, version, value) values (new.namespace, new.key, new.version, new.value);
         end if;
         return null;
@@ -87,7 +87,7 @@ impl Store {
     pub async fn rows(&self) -> BTreeMap<usize, Record> {
         const ALL: &str = "
             select namespace, key, version, value from tidegate_entries
-             where namespace in ('through', 'behind', 'mixed')";
+             where namespace in ('through', 'behind', 'mixed', 'counter')";
         self.rows_of(ALL).await.into_iter().map(read).collect()
     }
 
@@ -110,6 +110,6 @@ impl Store {
 fn read((namespace, key, version, value): Row) -> (usize, Record) {
     let number =
         keys::parse(&namespace, &key).unwrap_or_else(|| panic!("a row of a key that nobody wrote: {namespace} {key}"));
-    let value = value.map(|value| hash(&value));
+    let value = value.map(|value| tell(number, &value));
     (number, Record { version, value })
 }

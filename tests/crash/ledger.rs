@@ -3,9 +3,10 @@
 //! Owns the rules. Knows no server and no time but what it is told. A write's value tells which write it is, so that whoever sees it knows
 //! who asked for it. Invariants that are judged: a version is one write; a key in the store only moves forward, and no row of it goes;
 //! an acknowledged durable write, and whatever a reader saw of durable ones, is in the store in the end, or something newer is; what was
-//! refused is never seen; a read sees what was acknowledged before it began.
+//! refused is never seen; a read sees what was acknowledged before it began. A write that has a name is sent again, also long after it was
+//! answered and newer ones were: it is the same write, and has the version that it had.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use tidegate::rpc::proto::Durability;
 
@@ -20,6 +21,12 @@ pub const TTL_MILLIS: u64 = 6 * 3600 * 1000;
 
 /// How far an expiry may be from what the clients' own clock says.
 const CLOCK_TOLERANCE_MILLIS: u64 = 60_000;
+
+/// How long after its first try a write with a name is sent again: names are remembered for ten minutes.
+const NAME_LASTS_MILLIS: u64 = 180_000;
+
+/// How many of them are kept for that.
+const NAMED_MAX: usize = 96;
 
 /// The most complaints that are kept; the rest is counted.
 const COMPLAINTS_MAX: usize = 10;
@@ -78,6 +85,8 @@ struct Write {
     outcome: Outcome,
     /// Known from the answer, or from where it was seen.
     version: Option<i64>,
+    /// Whether an earlier try of it may have taken effect: then a refusal of this one says nothing.
+    doubtful: bool,
 }
 
 /// Who wrote a version.
@@ -150,7 +159,12 @@ pub struct Ledger {
     life: u32,
     writes: Vec<Write>,
     keys: HashMap<Key, KeyLog>,
+    /// Writes to be sent again under their names.
+    named: VecDeque<usize>,
     pub acknowledged: u64,
+    /// How many times a write was sent again under its name, and how many of those were answered as before.
+    pub sent_again: u64,
+    pub repeated: u64,
     pub lost: u64,
     pub violations: u64,
     pub complaints: Vec<Complaint>,
@@ -163,7 +177,10 @@ impl Ledger {
             life: 0,
             writes: Vec::new(),
             keys: HashMap::new(),
+            named: VecDeque::new(),
             acknowledged: 0,
+            sent_again: 0,
+            repeated: 0,
             lost: 0,
             violations: 0,
             complaints: Vec::new(),
@@ -188,11 +205,50 @@ impl Ledger {
             sent_millis: now_millis,
             outcome: Outcome::Open,
             version: None,
+            doubtful: false,
         });
         if asked == Asked::Delete {
             self.keys.entry(key).or_default().open_deletes += 1;
         }
         self.writes.len() - 1
+    }
+
+    /// A write that has a name is about to be sent again: what it asks for.
+    pub fn send_again(&mut self, write: usize) -> (Key, Asked) {
+        let Write {
+            key, asked, outcome, ..
+        } = self.writes[write];
+        let over = matches!(outcome, Outcome::Closed | Outcome::Refused);
+        self.writes[write].doubtful = !over;
+        if over {
+            self.writes[write].outcome = Outcome::Open;
+            if asked == Asked::Delete {
+                self.keys.entry(key).or_default().open_deletes += 1;
+            }
+        }
+        self.sent_again += 1;
+        (key, asked)
+    }
+
+    /// Gives a write a name, by which it can be sent again.
+    pub fn name(&self, write: usize) -> String {
+        format!("{:016x}.{write}", self.run)
+    }
+
+    /// Keeps a write that has a name, to be sent again. The oldest are let go of.
+    pub fn keep_named(&mut self, write: usize, now_millis: u64) {
+        if now_millis.saturating_sub(self.writes[write].sent_millis) < NAME_LASTS_MILLIS {
+            self.named.push_back(write);
+        }
+        if self.named.len() > NAMED_MAX {
+            self.named.pop_front();
+        }
+    }
+
+    /// Takes one of those out, by a number.
+    pub fn take_named(&mut self, choice: usize) -> Option<usize> {
+        let place = choice % self.named.len().max(1);
+        self.named.swap_remove_back(place)
     }
 
     /// The value of a write: which it is, and something that depends on nothing but that.
@@ -217,7 +273,11 @@ impl Ledger {
             self.complain(key, format!("write {write} rests on memory alone"));
         }
         self.attribute(key, version, write);
-        self.writes[write].outcome = Outcome::Acknowledged(durability);
+        let before = std::mem::replace(&mut self.writes[write].outcome, Outcome::Acknowledged(durability));
+        if let Outcome::Acknowledged(_) = before {
+            self.repeated += 1;
+            return;
+        }
         self.acknowledged += 1;
         let life = self.life;
         let log = self.keys.entry(key).or_default();
@@ -235,8 +295,15 @@ impl Ledger {
     /// A write was answered with an error that says that nothing was applied.
     pub fn refuse(&mut self, write: usize) {
         let Write {
-            key, asked, version, ..
+            key,
+            asked,
+            version,
+            doubtful,
+            ..
         } = self.writes[write];
+        if doubtful {
+            return;
+        }
         self.writes[write].outcome = Outcome::Refused;
         let log = self.keys.entry(key).or_default();
         let mut seen = version.is_some();
@@ -253,7 +320,10 @@ impl Ledger {
 
     /// A write was answered with an error that says that it may still take effect.
     pub fn leave_open(&mut self, write: usize) {
-        self.writes[write].outcome = Outcome::Unknown;
+        let outcome = &mut self.writes[write].outcome;
+        if !matches!(outcome, Outcome::Acknowledged(_)) {
+            *outcome = Outcome::Unknown;
+        }
     }
 
     /// What a read of a key that begins now must at least see.
@@ -506,7 +576,7 @@ impl Ledger {
             (Some(Author::Write(other)), _) if other == write => {}
             // Seen before its caller was told.
             (Some(Author::SomeDelete), Asked::Delete) => {}
-            (None, Asked::Delete) => log.open_deletes -= 1,
+            (None, Asked::Delete) => log.open_deletes = log.open_deletes.saturating_sub(1),
             (None, Asked::Put { .. }) => {}
             (Some(other), _) => {
                 self.complain(key, format!("version {version} is write {write}, and {other:?}"));

@@ -22,6 +22,7 @@
 #[path = "../it/harness/mod.rs"]
 mod harness;
 
+mod counters;
 mod ledger;
 mod load;
 mod plan;
@@ -50,13 +51,19 @@ async fn main() -> ExitCode {
         eprintln!("crash: {explained}");
     }
     let ledger = run.ledger.lock();
+    let counters = run.counters.lock();
     let tally = &run.tally;
     println!(
-        "crash: kills={} acknowledged={} lost={} violations={} seed={seed} rounds={} with_postgres_stopped={} at_kill_points={} of_them={}/{} stops={} checks={}",
+        "crash: kills={} acknowledged={} lost={} violations={} seed={seed} counted={} of_them_doubted={} and_found={} sent_again={} repeated={} rounds={} with_postgres_stopped={} at_kill_points={} of_them={}/{} stops={} checks={}",
         tally.kills,
         ledger.acknowledged,
         ledger.lost,
         ledger.violations,
+        counters.counted,
+        counters.doubted,
+        counters.found,
+        ledger.sent_again,
+        ledger.repeated,
         tally.rounds,
         tally.outages,
         tally.at_kill_points,

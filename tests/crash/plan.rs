@@ -7,16 +7,17 @@ use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use crate::{harness::postgres::Stop, load::namespaces};
 
 /// The kill points of the build, each with how often it may be reached before; and whether it is on the way of a stop in order.
-pub const KILL_POINTS: [(&str, u64, bool); 14] = [
-    ("journal-before-write", 300, false),
-    ("journal-before-sync", 300, false),
-    ("journal-after-sync", 300, false),
+pub const KILL_POINTS: [(&str, u64, bool); 15] = [
+    ("journal-before-write", 200, false),
+    ("journal-before-sync", 200, false),
+    ("journal-after-sync", 200, false),
     ("segment-before-rename", 1, false),
     ("segment-renamed", 1, false),
     ("segment-freed", 1, false),
-    ("write-appended", 500, false),
-    ("write-published", 500, false),
-    ("write-pending", 500, false),
+    ("write-appended", 250, false),
+    ("write-published", 250, false),
+    ("write-pending", 250, false),
+    ("decision-committed", 60, false),
     ("drain-before-commit", 40, false),
     ("drain-committed", 40, false),
     ("recovered", 1, false),

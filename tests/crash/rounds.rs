@@ -10,6 +10,7 @@ use tidegate::rpc::proto::ReadConsistency;
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    counters::{self, Counters},
     harness::{Gateway, SOON, Setup, eventually, postgres, process::Directory, redis},
     ledger::{Key, Ledger, NAMESPACES, VOLATILE},
     load::{self, Load, now_millis},
@@ -41,7 +42,7 @@ drain_wait = "400ms"
 "#;
 
 /// How long a gateway may take to come to its kill point, once the clients were busy for as long as planned.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(6);
 
 /// How long after the first signal the second one comes. Those closer together are one.
 const IMPATIENCE: Duration = Duration::from_millis(250);
@@ -88,6 +89,7 @@ pub struct Run {
     /// How many acknowledged writes the store did not have when the gateway last ended.
     unflushed: usize,
     pub ledger: Arc<Mutex<Ledger>>,
+    pub counters: Arc<Mutex<Counters>>,
     pub tally: Tally,
 }
 
@@ -115,6 +117,7 @@ impl Run {
             outage: false,
             unflushed: 0,
             ledger: Arc::new(Mutex::new(Ledger::new(run))),
+            counters: Arc::new(Mutex::new(Counters::new(run))),
             tally: Tally::default(),
         }
     }
@@ -168,7 +171,7 @@ impl Run {
     /// One round: `plan`, up to a gateway that is ready for `next`.
     async fn round(&mut self, plan: &Plan, next: &Plan) -> Result<(), Broken> {
         self.tally.rounds += 1;
-        let load = Load::start(&self.gateway, &self.ledger, plan);
+        let load = Load::start(&self.gateway, &self.ledger, &self.counters, plan);
         if self.outage {
             // The gateway was started without it.
             self.runs_for(plan.load / 2).await;
@@ -357,15 +360,25 @@ impl Run {
     /// Waits until all that was accepted is in the store, and judges that, and what is read.
     async fn judge(&mut self) {
         self.tally.checks += 1;
+        self.count_to_the_end().await;
         self.gateway.drained().await;
         self.store.quiet().await;
         let changes = self.store.changes().await;
+        let (counted, changes): (Vec<_>, Vec<_>) = changes
+            .into_iter()
+            .partition(|change| change.namespace == counters::NAMESPACE);
         let stored = self.store.versions().await;
         let dead_letters = self.store.dead_letters().await;
         {
             let mut ledger = self.ledger.lock();
             ledger.audit(&changes, now_millis());
             ledger.settle(&stored);
+            let mut counters = self.counters.lock();
+            counters.audit(&counted);
+            counters.settle();
+            for what in counters.complaints.drain(..) {
+                ledger.complain_at(None, what);
+            }
             if dead_letters > 0 {
                 ledger.complain_at(None, format!("{dead_letters} writes were set aside as dead letters"));
             }
@@ -375,6 +388,19 @@ impl Run {
                 let key = Key { namespace, number };
                 self.judge_reads(key, stored.get(&key).copied()).await;
             }
+        }
+    }
+
+    /// Sends every add that is to be counted exactly once again, until it is answered.
+    async fn count_to_the_end(&self) {
+        for client in 0..counters::CLIENTS {
+            eventually("an add is answered", SOON, async || {
+                let unanswered = self.counters.lock().unanswered(client);
+                let Some(sent) = unanswered else { return Ok(()) };
+                let added = load::add(&self.gateway.client, &self.counters, &sent).await;
+                added.map_err(|status| format!("{status:?}"))
+            })
+            .await;
         }
     }
 

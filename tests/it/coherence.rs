@@ -11,6 +11,7 @@ mod ledger;
 mod parted;
 mod pending;
 mod refreshed;
+mod repeated;
 mod replaced;
 mod whole;
 

@@ -18,8 +18,14 @@ mod harness;
 #[allow(dead_code, reason = "the other target uses more of it")]
 #[path = "../consistency/check/mod.rs"]
 mod check;
+#[allow(dead_code, reason = "the other target uses more of it")]
+#[path = "../crash/counters.rs"]
+mod crash_counters;
 #[path = "../consistency/history.rs"]
 mod history;
+#[allow(dead_code, reason = "the other target uses more of it")]
+#[path = "../crash/ledger.rs"]
+mod ledger;
 
 mod admin;
 mod anomalies;
@@ -34,6 +40,7 @@ mod coherence;
 mod conditions;
 mod config;
 mod counters;
+mod counts;
 mod deadlines;
 mod freshness;
 mod health;

@@ -24,6 +24,8 @@ use sqlx::{
     postgres::{PgBindIterExt, PgConnection},
 };
 
+#[cfg(feature = "planted-faults")]
+use super::planted;
 use super::{
     connection::{roll_back, slot, version},
     failure::Failure,
@@ -102,7 +104,11 @@ async fn attempt(session: &mut PgConnection, operations: &[Operation]) -> Result
         .map(|operation| (operation.key.namespace(), &operation.request.id))
         .collect();
     let (known, horizon) = answers_and_horizon(session, &names).await?;
+    #[cfg(feature = "planted-faults")]
+    let known = planted::or_unknown(known);
     let plan = plan(operations, &rows, &known, horizon);
+    #[cfg(feature = "planted-faults")]
+    let plan = planted::or_forgotten(plan);
 
     let ended_before = latest(operations);
     if !claim(session, operations, &plan, ended_before).await? {
@@ -121,7 +127,11 @@ async fn attempt(session: &mut PgConnection, operations: &[Operation]) -> Result
 /// The rows of keys, locked.
 async fn lock(session: &mut PgConnection, wanted: &[Wanted<'_>]) -> Result<Vec<Option<Standing>>, Failure> {
     let mut standing = vec![None; wanted.len()];
-    let rows = sqlx::query(LOCK)
+    #[cfg(not(feature = "planted-faults"))]
+    let query = sqlx::query(LOCK);
+    #[cfg(feature = "planted-faults")]
+    let query = planted::or_unlocked(LOCK);
+    let rows = query
         .bind(wanted.iter().map(|wanted| wanted.key.namespace()).bind_iter())
         .bind(wanted.iter().map(|wanted| wanted.key.key()).bind_iter())
         .bind(wanted.iter().map(|wanted| wanted.content).bind_iter())
@@ -190,7 +200,11 @@ async fn write(session: &mut PgConnection, plan: &Plan, ended_before: Timestamp)
     let changed = &plan.changed;
     let entries = || changed.iter().map(|changed| &changed.write.entry);
     let named = of_answers(&plan.remembered);
-    let query = sqlx::query(WRITE_DECIDED)
+    #[cfg(not(feature = "planted-faults"))]
+    let query = sqlx::query(WRITE_DECIDED);
+    #[cfg(feature = "planted-faults")]
+    let query = planted::or_unlocked(WRITE_DECIDED);
+    let query = query
         .bind(changed.iter().map(|changed| changed.write.key.namespace()).bind_iter())
         .bind(changed.iter().map(|changed| changed.write.key.key()).bind_iter())
         .bind(entries().map(|entry| entry.version.get()).bind_iter())

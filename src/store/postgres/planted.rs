@@ -1,4 +1,4 @@
-//! What the planted faults of this backend do to a commit.
+//! What the planted faults of this backend do to a commit, and to a decision.
 //!
 //! Owns nothing but harm. Each does nothing unless it is the chosen one.
 
@@ -10,8 +10,9 @@ use sqlx::{
 
 use super::failure::Failure;
 use crate::{
-    model::Write,
+    model::{Answered, Write},
     planted::{self, Fault},
+    store::decide::Plan,
 };
 
 /// The upsert, or with [`Fault::NoVersionGuard`] one that lets the last to come win.
@@ -34,4 +35,32 @@ pub(super) async fn forget_tombstones(session: &mut PgConnection, writes: &[Writ
             .await?;
     }
     Ok(())
+}
+
+/// A statement of a decision, or with [`Fault::DecidedUnlocked`] one that neither locks what stands nor cares that it still does.
+pub(super) fn or_unlocked(statement: &'static str) -> Query<'static, Postgres, PgArguments> {
+    if planted::is(Fault::DecidedUnlocked) {
+        let unlocked = statement.replace("for update of e", "");
+        let unguarded = unlocked.replace("stored.version = batch.seen", "stored.version < batch.version");
+        sqlx::query(AssertSqlSafe(unguarded))
+    } else {
+        sqlx::query(statement)
+    }
+}
+
+/// What is known of requests, or with [`Fault::RequestNotLookedUp`] nothing.
+pub(super) fn or_unknown(known: Vec<Option<Answered>>) -> Vec<Option<Answered>> {
+    if planted::is(Fault::RequestNotLookedUp) {
+        vec![None; known.len()]
+    } else {
+        known
+    }
+}
+
+/// What is to be written, with [`Fault::RequestNotLookedUp`] without what is to be remembered.
+pub(super) fn or_forgotten(mut plan: Plan) -> Plan {
+    if planted::is(Fault::RequestNotLookedUp) {
+        plan.remembered.clear();
+    }
+    plan
 }

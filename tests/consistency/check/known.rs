@@ -1,12 +1,13 @@
 //! Who wrote what of one key: each version, and each absence.
 //!
 //! Owns telling writes by their values and versions, and the complaints where that fails. An absence is told no version, so it has to be
-//! excused by a delete that it may have seen.
+//! excused by a delete that it may have seen. A touch shows the value of another write; that of a counter whose caller was not told shows
+//! any.
 
 use std::collections::{BTreeMap, HashMap};
 
 use super::{Rule, Verdict};
-use crate::history::{Act, Class, History, Nanos, Op, Outcome, Record, Value, Version};
+use crate::history::{Act, Change, Class, History, Nanos, Op, Outcome, Record, Value, Version};
 
 /// How long after its call a delete of unknown outcome and unknown version may have been stamped, as the stamps of other replicas count time:
 /// deadlines, pauses and the clocks' distance are less.
@@ -15,9 +16,33 @@ const OPEN_DELETE_LASTS: Nanos = 20_000_000_000;
 /// A write, and what is known of it.
 #[derive(Debug, Clone, Copy)]
 struct Author {
-    /// `None`: a tombstone whose writer was not told.
-    value: Option<Value>,
+    wrote: Wrote,
     call: Nanos,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wrote {
+    Value(Value),
+    Tombstone,
+    /// What stood before.
+    Touch,
+}
+
+/// Calls whose callers were not told, less those that were seen.
+#[derive(Debug, Default)]
+struct Untold {
+    deletes: Vec<Nanos>,
+    touches: Vec<Nanos>,
+    adds: Vec<Nanos>,
+}
+
+impl Untold {
+    /// Takes the first of these calls, if it is before an instant: it is what was seen then.
+    fn take(calls: &mut Vec<Nanos>, seen_by: Nanos) -> Option<Nanos> {
+        let first = calls.first().copied().filter(|call| *call < seen_by)?;
+        calls.remove(0);
+        Some(first)
+    }
 }
 
 /// See the module.
@@ -25,6 +50,7 @@ pub struct Known<'a> {
     pub key: usize,
     class: Class,
     by_value: HashMap<Value, &'a Op>,
+    untold: Untold,
     /// Of the puts whose version is known, by their values.
     versions: HashMap<Value, Version>,
     authors: BTreeMap<Version, Author>,
@@ -45,6 +71,7 @@ impl<'a> Known<'a> {
             key,
             class,
             by_value: HashMap::new(),
+            untold: Untold::default(),
             versions: HashMap::new(),
             authors: BTreeMap::new(),
             applied: Vec::new(),
@@ -54,16 +81,25 @@ impl<'a> Known<'a> {
         };
         let mut untold: Vec<Nanos> = Vec::new();
         for op in ops {
-            let Act::Write { value, outcome, .. } = &op.act else {
+            let Act::Write { change, outcome, .. } = &op.act else {
                 continue;
             };
-            if let Some(value) = value {
-                known.by_value.insert(*value, op);
-            } else if *outcome == Outcome::Unknown {
-                untold.push(op.call);
+            match change.value() {
+                // What was refused may have been written by another call of its request.
+                Some(value) if matches!(outcome, Outcome::Refused(_)) => {
+                    known.by_value.entry(value).or_insert(op);
+                }
+                Some(value) => {
+                    known.by_value.insert(value, op);
+                }
+                None => {}
             }
-            if let Outcome::Ok(version) = outcome {
-                known.acknowledge(*version, *value, op, verdict);
+            match (outcome, change) {
+                (Outcome::Unknown, Change::Delete) => untold.push(op.call),
+                (Outcome::Unknown, Change::Touch) => known.untold.touches.push(op.call),
+                (Outcome::Unknown, Change::Add { .. }) => known.untold.adds.push(op.call),
+                (Outcome::Ok(version), _) => known.acknowledge(*version, *change, op, verdict),
+                _ => {}
             }
         }
         let end = ops.iter().map(|op| op.ret).max().unwrap_or(0);
@@ -95,27 +131,36 @@ impl<'a> Known<'a> {
             *version = highest;
         }
         known.highest_tombstones = by_call;
+        known.untold.deletes = untold[tombs.min(untold.len())..].to_vec();
         // Of a key written only through, whatever anybody saw is in the rows.
-        if class != Class::Through && tombs < untold.len() {
+        if !class.is_through() && tombs < untold.len() {
             known.open_deletes = untold;
         }
         known
     }
 
-    fn acknowledge(&mut self, version: Version, value: Option<Value>, op: &Op, verdict: &mut Verdict) {
-        let author = Author { value, call: op.call };
-        if let Some(other) = self.authors.insert(version, author) {
+    fn acknowledge(&mut self, version: Version, change: Change, op: &Op, verdict: &mut Verdict) {
+        let wrote = match (change, change.value()) {
+            (_, Some(value)) => Wrote::Value(value),
+            (Change::Touch, None) => Wrote::Touch,
+            (_, None) => Wrote::Tombstone,
+        };
+        if let Some(other) = self.authors.insert(version, Author { wrote, call: op.call }) {
             let what = format!(
-                "version {version} was acknowledged for two writes, {value:?} and {:?}",
-                other.value
+                "version {version} was acknowledged for two writes, {wrote:?} and {:?}",
+                other.wrote
             );
             verdict.complain(Rule::TwoVersions, self.key, op.call, what);
         }
-        match value {
-            Some(value) => {
-                self.versions.insert(value, version);
+        match wrote {
+            Wrote::Value(value) => {
+                if let Some(other) = self.versions.insert(value, version) {
+                    let what = format!("{value:?} was acknowledged as version {other}, and as {version}");
+                    verdict.complain(Rule::TwoVersions, self.key, op.call, what);
+                }
             }
-            None => self.tombstones.push((version, op.call)),
+            Wrote::Tombstone => self.tombstones.push((version, op.call)),
+            Wrote::Touch => {}
         }
     }
 
@@ -153,16 +198,17 @@ impl<'a> Known<'a> {
 
     /// Whether this tombstone is of a delete whose caller was not told.
     fn recognise_tombstone(&mut self, version: Version, untold: &[Nanos], verdict: &mut Verdict, end: Nanos) -> bool {
-        match self.authors.get(&version) {
-            Some(Author { value: None, .. }) => false,
-            Some(Author { value, .. }) => {
-                let what = format!("version {version} is a tombstone in its row, and was a put of {value:?}");
+        match self.authors.get(&version).map(|author| author.wrote) {
+            Some(Wrote::Tombstone) => false,
+            Some(wrote) => {
+                let what = format!("version {version} is a tombstone in its row, and was {wrote:?}");
                 verdict.complain(Rule::TwoVersions, self.key, end, what);
                 false
             }
             None => {
                 let call = untold.iter().min().copied().unwrap_or(0);
-                self.authors.insert(version, Author { value: None, call });
+                let wrote = Wrote::Tombstone;
+                self.authors.insert(version, Author { wrote, call });
                 self.tombstones.push((version, call));
                 true
             }
@@ -179,7 +225,20 @@ impl<'a> Known<'a> {
         verdict: &mut Verdict,
     ) {
         let key = self.key;
+        let author = self.authors.get(&version).map(|author| author.wrote);
         let Some(op) = self.by_value.get(&value).copied() else {
+            // Nobody knows what an add has made of which nobody was told.
+            if author == Some(Wrote::Value(value)) {
+                return;
+            }
+            if author.is_none()
+                && self.class == Class::Counter
+                && let Some(call) = Untold::take(&mut self.untold.adds, seen_by)
+            {
+                let wrote = Wrote::Value(value);
+                self.authors.insert(version, Author { wrote, call });
+                return;
+            }
             let what = format!("{place} shows {value:?}, which was never written to it, as version {version}");
             return verdict.complain(Rule::NeverWritten, key, at, what);
         };
@@ -191,25 +250,36 @@ impl<'a> Known<'a> {
             verdict.complain(Rule::FromTheFuture, key, at, what);
         }
         if let Act::Write {
-            outcome: Outcome::NotApplied,
+            outcome: Outcome::NotApplied | Outcome::Refused(_),
             ..
         } = op.act
         {
             let what = format!("{place} shows version {version}, a write that was refused");
             verdict.complain(Rule::WasRefused, key, at, what);
         }
-        let before = *self.versions.entry(value).or_insert(version);
-        let author = *self.authors.entry(version).or_insert(Author {
-            value: Some(value),
-            call: op.call,
-        });
-        if before != version || author.value != Some(value) {
-            let what = format!(
-                "{place} shows version {version} with {value:?}, which was version {before}; that version was {:?}",
-                author.value
-            );
-            verdict.complain(Rule::TwoVersions, key, at, what);
+        let before = self.versions.get(&value).copied();
+        match (author, before) {
+            (Some(Wrote::Touch), _) => return,
+            (Some(Wrote::Value(wrote)), Some(before)) if wrote == value && before == version => return,
+            (None, None) => {
+                self.versions.insert(value, version);
+                let wrote = Wrote::Value(value);
+                self.authors.insert(version, Author { wrote, call: op.call });
+                return;
+            }
+            (None, Some(_)) => {
+                if let Some(call) = Untold::take(&mut self.untold.touches, seen_by) {
+                    let wrote = Wrote::Touch;
+                    self.authors.insert(version, Author { wrote, call });
+                    return;
+                }
+            }
+            _ => {}
         }
+        let what = format!(
+            "{place} shows version {version} with {value:?}, which was version {before:?}; that version was {author:?}"
+        );
+        verdict.complain(Rule::TwoVersions, key, at, what);
     }
 
     /// The version of a write, where anybody was told or shown it.
@@ -219,8 +289,8 @@ impl<'a> Known<'a> {
                 outcome: Outcome::Ok(version),
                 ..
             } => Some(*version),
-            Act::Write { value: Some(value), .. } => self.versions.get(value).copied(),
-            Act::Write { value: None, .. } | Act::Read { .. } => None,
+            Act::Write { change, .. } => self.versions.get(&change.value()?).copied(),
+            Act::Read { .. } => None,
         }
     }
 
@@ -230,11 +300,22 @@ impl<'a> Known<'a> {
         if floor <= 0 {
             return Some(0);
         }
-        let committed = of_store && self.class == Class::Through;
+        let committed = of_store && self.class.is_through();
         let first = self.tombstones.partition_point(|(version, _)| *version < floor);
         let above = self.tombstones[first..].iter();
         called_before(above, seen_by, |version| !committed || self.is_applied(version))
             .or_else(|| self.is_open_above(floor, seen_by).then_some(floor))
+    }
+
+    /// Whether a version is known to be a tombstone.
+    pub fn is_tombstone(&self, version: Version) -> bool {
+        let author = self.authors.get(&version);
+        author.is_some_and(|author| author.wrote == Wrote::Tombstone)
+    }
+
+    /// Whether somebody may have deleted it by an instant of whom nobody knows when.
+    pub fn has_untold_delete(&self, by: Nanos) -> bool {
+        self.untold.deletes.first().is_some_and(|call| *call < by)
     }
 
     /// Whether a version came into the row.
@@ -268,7 +349,7 @@ impl<'a> Known<'a> {
     /// The rule that is broken by missing a version: if that is a delete, and a value is shown for it, what was deleted is back.
     pub fn blame(&self, rule: Rule, missed: Version, shows_value: bool) -> Rule {
         match self.authors.get(&missed) {
-            Some(Author { value: None, .. }) if shows_value => Rule::Resurrected,
+            Some(author) if shows_value && author.wrote == Wrote::Tombstone => Rule::Resurrected,
             Some(_) | None => rule,
         }
     }

@@ -7,6 +7,9 @@
 //! The rules:
 //! - whatever is read, or stands in a row, was written to that key, not refused, and not only later; one write is one version;
 //! - a row of the store only moves forward;
+//! - a request has one answer, however often it is sent, and one effect;
+//! - of keys written only through: what a conditional write depends on is what stands right below its version; what it was refused for stood;
+//! - a counter becomes in the order of versions what was added to it, each answered add once, and any of which nobody was told at most once;
 //! - keys written only through, with reads of the store, are linearizable in the order of versions; and what any read showed is committed;
 //! - a read that carries a version shows that or a newer one, and no session goes back that asks so;
 //! - a replica shows what was acknowledged by it before;
@@ -14,26 +17,32 @@
 //! - in the end every replica and the store hold the same, and nothing that was acknowledged or shown is lost;
 //! - what was deleted does not come back: each of these, where the newer write that is missed is a delete.
 
+mod conditions;
+mod counters;
 mod known;
 mod order;
 mod own;
+mod requests;
 mod staleness;
 
 use std::fmt::{self, Write as _};
 
+pub use self::counters::ONCE;
 use self::known::Known;
 use crate::history::{Act, Class, Consistency, History, Nanos, Op, Outcome, Record};
 
-/// The most complaints that are kept; the rest is counted.
+/// The most complaints that are kept, but for the first of each rule and key; the rest is counted.
 const COMPLAINTS_MAX: usize = 20;
 
-/// How stale a read may be.
+/// How stale a read may be, and how long a write may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     /// Whatever breaks.
     pub ever: Nanos,
     /// While nothing is between the writer and Redis.
     pub calm: Nanos,
+    /// How long after its call a write of unknown outcome may be decided.
+    pub open: Nanos,
 }
 
 /// What was broken.
@@ -44,6 +53,9 @@ pub enum Rule {
     TwoVersions,
     FromTheFuture,
     StoreWentBack,
+    TwoAnswers,
+    ConditionBroken,
+    Miscounted,
     OutOfOrder,
     SessionWentBack,
     OwnWriteMissed,
@@ -77,6 +89,10 @@ pub struct Judged {
     pub own: u64,
     pub staleness: u64,
     pub calm: u64,
+    pub requests: u64,
+    pub conditions: u64,
+    pub refusals: u64,
+    pub counted: u64,
 }
 
 /// What the checker found.
@@ -94,7 +110,8 @@ pub struct Verdict {
 impl Verdict {
     fn complain(&mut self, rule: Rule, key: usize, at: Nanos, what: String) {
         self.violations += 1;
-        if self.complaints.len() < COMPLAINTS_MAX {
+        let is_new = |other: &Complaint| other.rule != rule || other.key != key;
+        if self.complaints.len() < COMPLAINTS_MAX || self.complaints.iter().all(is_new) {
             self.complaints.push(Complaint { rule, key, at, what });
         }
     }
@@ -113,15 +130,21 @@ pub fn judge(history: &History, bounds: Bounds) -> Verdict {
     for op in &history.ops {
         ops[op.key].push(op);
     }
-    for (key, (class, mut ops)) in history.classes.iter().zip(ops).enumerate() {
-        ops.sort_by_key(|op| op.call);
+    for (key, (class, mut calls)) in history.classes.iter().zip(ops).enumerate() {
+        calls.sort_by_key(|op| op.call);
+        let merged = requests::merge(key, &calls, &mut verdict);
+        let ops: Vec<&Op> = merged.iter().collect();
         let known = Known::learn(history, key, *class, &ops, &mut verdict);
-        if *class == Class::Through {
+        if *class == Class::Counter {
+            counters::judge(key, &ops, history, &mut verdict);
+        }
+        if class.is_through() {
             order::judge(&known, &ops, &mut verdict);
             staleness::judge(&known, &ops, history, bounds, &mut verdict);
+            conditions::judge(&known, &ops, history, bounds, &mut verdict);
         }
-        own::judge_sessions(&known, &ops, &mut verdict);
-        own::judge_replicas(&known, &ops, &mut verdict);
+        own::judge_sessions(&known, &calls, &mut verdict);
+        own::judge_replicas(&known, &calls, &mut verdict);
         judge_end(&known, &ops, history, &mut verdict);
     }
     verdict.staleness.sort_unstable();
@@ -139,6 +162,10 @@ fn judge_end(known: &Known<'_>, ops: &[&Op], history: &History, verdict: &mut Ve
             outcome: Outcome::Ok(version),
             ..
         }
+        | Act::Write {
+            outcome: Outcome::Refused(Some(version)),
+            ..
+        }
         | Act::Read {
             found: Some((version, _)),
             ..
@@ -153,10 +180,12 @@ fn judge_end(known: &Known<'_>, ops: &[&Op], history: &History, verdict: &mut Ve
         && version > stands
     {
         let rule = known.blame(Rule::Lost, version, row.is_some_and(|row| row.value.is_some()));
-        let how = if matches!(op.act, Act::Write { .. }) {
-            "acknowledged"
-        } else {
-            "shown to a reader"
+        let how = match op.act {
+            Act::Write {
+                outcome: Outcome::Ok(_),
+                ..
+            } => "acknowledged",
+            Act::Write { .. } | Act::Read { .. } => "shown to a caller",
         };
         let what = format!("version {version} was {how} and is lost: {stands} stands in the store");
         verdict.complain(rule, key, at, what);

@@ -3,13 +3,14 @@
 //! Owns the sweep. Of two calls of which one returned before the other began, the later one is not below the earlier one, where a write is just
 //! below the reads that show it. Then sorting by that is a linearization: it agrees with the times, and every read follows its write. It
 //! is the order of versions, as promised, and not just any. A write that was acknowledged and never stood in the store shared its commit with
-//! a higher one, which took its place: it comes right before that, whatever its version. A read of a cache is not judged here, but what it showed must be committed:
+//! a higher one, which took its place: it comes right before that, whatever its version. A write that was refused for what stood is a read of the
+//! store. A read of a cache is not judged here, but what it showed must be committed:
 //! nothing that begins after it is below.
 
 use std::{cmp::Reverse, collections::BinaryHeap};
 
 use super::{Known, Rule, Verdict, is_of_store};
-use crate::history::{Act, Nanos, Op, Outcome, Version};
+use crate::history::{Act, Change, Nanos, Op, Outcome, Version};
 
 /// Where a call stands in the order: by the version, and beside that.
 type Place = (Version, Beside);
@@ -48,7 +49,14 @@ pub(super) fn judge(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdict) {
                         place.0,
                         floor.0
                     );
-                    let shows_value = matches!(op.act, Act::Read { .. });
+                    let shows_value = matches!(
+                        op.act,
+                        Act::Read { .. }
+                            | Act::Write {
+                                outcome: Outcome::Refused(_),
+                                ..
+                            }
+                    );
                     verdict.complain(
                         known.blame(Rule::OutOfOrder, floor.0, shows_value),
                         known.key,
@@ -105,6 +113,21 @@ enum Found {
 
 fn place(known: &Known<'_>, op: &Op, floor: Place) -> Found {
     match &op.act {
+        Act::Write {
+            outcome: Outcome::Refused(Some(version)),
+            ..
+        } => Found::At((*version, Beside::After)),
+        Act::Write {
+            outcome: Outcome::Refused(None),
+            ..
+        } => {
+            // In the midst of a transaction it may have seen what never came into the row.
+            match known.absence(floor.0, op.ret, false) {
+                Some(version) => Found::Absent(Some((version, Beside::After))),
+                None if known.has_untold_delete(op.ret) => Found::Nothing,
+                None => Found::Absent(None),
+            }
+        }
         Act::Write { .. } => match known.version(op) {
             None => Found::Nothing,
             Some(version) if known.is_applied(version) => Found::At((version, Beside::At)),
@@ -160,8 +183,16 @@ fn returned(op: &Op) -> Nanos {
 
 fn name(op: &Op) -> &'static str {
     match op.act {
-        Act::Write { value: None, .. } => "a delete",
-        Act::Write { .. } => "a put",
+        Act::Write {
+            outcome: Outcome::Refused(_),
+            ..
+        } => "a refusal",
+        Act::Write { change, .. } => match change {
+            Change::Put(_) => "a put",
+            Change::Delete => "a delete",
+            Change::Touch => "a touch",
+            Change::Add { .. } => "an add",
+        },
         Act::Read { .. } => "a read of the store",
     }
 }

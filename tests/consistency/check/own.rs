@@ -1,11 +1,12 @@
 //! What is promised to one session, and by one replica: that nobody is shown less than they know.
 //!
-//! Owns the sweeps over a session's calls, and over what a replica acknowledged.
+//! Owns the sweeps over a session's calls, and over what a replica acknowledged. What the store decided for a call saw that too, also where it was
+//! pending.
 
 use std::collections::HashMap;
 
 use super::{Known, Rule, Verdict, is_of_store};
-use crate::history::{Act, Consistency, Nanos, Op, Outcome, Replica, Version};
+use crate::history::{Act, Condition, Consistency, Nanos, Op, Outcome, Replica, Version};
 
 /// A read that carries a version shows at least that, and at least what its session wrote or was shown before.
 pub(super) fn judge_sessions(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdict) {
@@ -68,18 +69,11 @@ pub(super) fn judge_replicas(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdi
     }
     lives.values_mut().for_each(Acknowledged::sort);
     for op in ops {
-        let Act::Read {
-            consistency,
-            found,
-            stale: false,
-            source,
-            ..
-        } = &op.act
-        else {
+        let Some((consistency, found, source)) = shown(op) else {
             continue;
         };
         let replica = match consistency {
-            _ if is_of_store(*consistency) => Replica {
+            _ if is_of_store(consistency) => Replica {
                 life: None,
                 ..op.replica
             },
@@ -91,10 +85,15 @@ pub(super) fn judge_replicas(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdi
         };
         verdict.judged.own += 1;
         let shown = match found {
-            Some((version, _)) => Some(*version),
-            None => known.absence(floor, op.ret, is_of_store(*consistency)),
+            Some(version) => Some(version),
+            None => known.absence(
+                floor,
+                op.ret,
+                is_of_store(consistency) && matches!(op.act, Act::Read { .. }),
+            ),
         };
-        if shown.is_none_or(|shown| shown < floor) {
+        let excused = matches!(op.act, Act::Write { .. }) && known.has_untold_delete(op.ret);
+        if shown.is_none_or(|shown| shown < floor) && !(shown.is_none() && excused) {
             let what = format!(
                 "a {consistency:?} read of replica {} at {} shows {found:?} from {source}, and it acknowledged version {floor} before",
                 op.replica.number, op.call
@@ -102,6 +101,36 @@ pub(super) fn judge_replicas(known: &Known<'_>, ops: &[&Op], verdict: &mut Verdi
             let rule = known.blame(Rule::OwnWriteMissed, floor, found.is_some());
             verdict.complain(rule, known.key, op.call, what);
         }
+    }
+}
+
+/// What a call shows of its key, and of which copies, and from where. A write that the store decided saw what stood there.
+fn shown(op: &Op) -> Option<(Consistency, Option<Version>, &'static str)> {
+    let decided = (Consistency::Store, "what was decided");
+    match op.act {
+        Act::Read {
+            consistency,
+            found,
+            stale: false,
+            source,
+            ..
+        } => Some((consistency, found.map(|(version, _)| version), source)),
+        Act::Write {
+            outcome: Outcome::Refused(standing),
+            ..
+        } => Some((decided.0, standing, decided.1)),
+        // The same request may have been decided long before.
+        Act::Write {
+            condition: Some(condition),
+            request: None,
+            outcome: Outcome::Ok(_),
+            ..
+        } => match condition {
+            Condition::Absent => Some((decided.0, None, decided.1)),
+            Condition::Version(version) => Some((decided.0, Some(version), decided.1)),
+            Condition::Present => None,
+        },
+        Act::Read { .. } | Act::Write { .. } => None,
     }
 }
 
