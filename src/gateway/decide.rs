@@ -20,8 +20,6 @@ use super::{
     requests::{Done, Lead, Requests, Turned, fingerprint_of_increment, fingerprint_of_touch, reused},
     write::not_stamped,
 };
-#[cfg(feature = "planted-faults")]
-use crate::planted::{self, Fault};
 use crate::{
     error::{Error, ErrorKind},
     model::{Answer, Condition, Fingerprint, Key, Request, RequestId, Tags, Version, Write},
@@ -187,10 +185,6 @@ impl Gateway {
         let parts = self.parts();
         match decided {
             Decided::Repeated(answer) => {
-                #[cfg(feature = "planted-faults")]
-                if planted::is(Fault::RepeatNotTold) {
-                    return Some(Ok(done(answer, true)));
-                }
                 // Whoever wrote it may not have come to tell.
                 self.outdate(key, answer.version).await;
                 // Or it was this very call, whose first try had lost its answer.
@@ -221,16 +215,12 @@ impl Gateway {
     ) -> Result<(Decided, Version), (Error, Option<Version>)> {
         let (parts, key, deadline) = (self.parts(), &undecided.key, undecided.deadline);
         let (mut tried, mut standing) = (None, shown);
+        #[cfg(feature = "planted-faults")]
+        let shown = super::planted::or_unseen(shown);
         loop {
             let version = self.stamp(key, standing).map_err(|error| (error, tried))?;
-            #[cfg(feature = "planted-faults")]
-            let waits = !planted::is(Fault::DecidedBeforePending);
-            #[cfg(not(feature = "planted-faults"))]
-            let waits = true;
-            if waits {
-                let settled = parts.queue.settled_below(key, version, last_word_at(deadline));
-                settled.await.map_err(|error| (undrained(error), tried))?;
-            }
+            let settled = parts.queue.settled_below(key, version, last_word_at(deadline));
+            settled.await.map_err(|error| (undrained(error), tried))?;
             let operation = Operation {
                 key: key.clone(),
                 version,
@@ -238,7 +228,7 @@ impl Gateway {
                 change: undecided.change.clone(),
                 request: undecided.request.clone(),
                 now: parts.clock.now(),
-                acknowledged: shown.filter(|_| waits),
+                acknowledged: shown,
             };
             tried = Some(version);
             let decided = parts.decisions.decide(operation, deadline).await;
@@ -251,6 +241,10 @@ impl Gateway {
 
     /// Has every tier above the store forget what is older than a version that the store has: whoever wrote it may not have come to tell.
     async fn outdate(&self, key: &Key, version: Version) {
+        #[cfg(feature = "planted-faults")]
+        if super::planted::keeps_outdated() {
+            return;
+        }
         if let Some(redis) = &self.inner.redis
             && redis.purge(key, version).await.is_err()
         {

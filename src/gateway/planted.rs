@@ -10,7 +10,7 @@ use super::Gateway;
 use crate::{
     cache::{Loaded, epochs::Adopted, memory::Token, redis::Hold},
     error::Error,
-    model::{Key, Write},
+    model::{Key, Version, Write},
     planted::{self, Fault},
 };
 
@@ -52,6 +52,16 @@ pub(super) async fn publish(gateway: &Gateway, write: &Write) {
         let copy = gateway.copy_of(&write.key, Some(write.entry.clone()), gateway.parts().clock.now());
         let _ = gateway.publish(write, &copy, Hold::Fresh).await;
     }
+}
+
+/// What Redis shows of a key, or with [`Fault::DecidedBeforePending`] nothing.
+pub(super) fn or_unseen(shown: Option<Version>) -> Option<Version> {
+    shown.filter(|_| !planted::is(Fault::DecidedBeforePending))
+}
+
+/// With [`Fault::RepeatNotTold`] what is older than a repeated answer goes on answering.
+pub(super) fn keeps_outdated() -> bool {
+    planted::is(Fault::RepeatNotTold)
 }
 
 /// With [`Fault::KeepMemoryOnLostChannel`] L1 goes on to answer although messages were missed.

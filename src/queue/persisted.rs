@@ -39,6 +39,10 @@ impl Queue {
     /// # Errors
     /// [`ErrorKind::Timeout`].
     pub async fn settled_below(&self, key: &Key, version: Version, deadline: Instant) -> Result<(), Error> {
+        #[cfg(feature = "planted-faults")]
+        if crate::planted::is(crate::planted::Fault::DecidedBeforePending) {
+            return Ok(());
+        }
         let waiting = Wait::begin(&self.shared, self.shared.index(key), Some(key), |pending, now| {
             pending.await_settled(key, version, now)
         });

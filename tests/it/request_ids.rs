@@ -377,6 +377,22 @@ async fn writes_that_are_sent_at_once_are_one(stage: Stage) {
     }
 }
 
+#[tokio::test]
+async fn what_the_journal_brings_back_is_known_before_the_store_has_it() {
+    for stage in [Stage::postgres().await, Stage::postgres_and_redis().await] {
+        let gateway = stage.start().await;
+        let hold = stage.database.hold_writes().await;
+        let puts = written_often(&gateway).await;
+        let gateway = killed_and_started_again(gateway).await;
+        assert_all_known(&gateway, &puts).await;
+        assert_eq!(remembered(&stage).await, 0, "the store has taken nothing");
+        hold.release().await;
+        gateway.drained().await;
+        assert_all_known(&gateway, &puts).await;
+        assert_eq!(remembered(&stage).await, puts.len());
+    }
+}
+
 /// Two calls of one id while the store takes nothing, with the second sent once the first is under way.
 async fn joined(mode: Mode) {
     let stage = Stage::postgres_and_redis().await;
