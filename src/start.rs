@@ -323,11 +323,11 @@ fn assemble(
     let (store, clock) = (queue.store.clone(), Arc::clone(&queue.clock));
     let commits = GroupCommit::new(store.clone(), &config.store, metrics.store.clone());
     let loads = GroupLoad::new(store.clone(), &config.store, metrics.store.clone());
-    let decisions = GroupDecide::new(store.clone(), &config.store, metrics.store.clone());
+    let decisions = GroupDecide::new(store.clone(), &config.store, Arc::clone(&clock), metrics.store.clone());
     tasks.add(commits.start(&tasks.stop));
     tasks.add(decisions.start(&tasks.stop));
     tasks.add(loads.start(&tasks.stop));
-    let requests = Requests::new(&config.requests, clock.now());
+    let requests = Requests::new(&config.requests, config.rpc.deadline_max, clock.now());
     requests.restore(queue.recovered.iter().flat_map(|(write, _)| write.answers()));
     let ranges = Ranges::new(store.clone(), &config.store);
     tasks.add(ranges.start(&tasks.stop));

@@ -249,6 +249,11 @@ impl Config {
             );
             return in_section("journal", Err(Unfit::new("segment_bytes", reason)));
         }
+        if self.requests.window < self.rpc.deadline_max {
+            let reason =
+                "must not be shorter than rpc.deadline_max, or an id could be forgotten while its call is under way";
+            return in_section("requests", Err(Unfit::new("window", reason)));
+        }
         let delays = self.namespaces.values().chain([&self.namespace_defaults]);
         let longest = delays.map(|settings| settings.write_delay).max().unwrap_or_default();
         if self.store.tombstone_retention <= longest {

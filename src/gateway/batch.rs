@@ -7,19 +7,23 @@ use std::collections::HashSet;
 use futures_util::future::join_all;
 use tokio::time::Instant;
 
-use super::{Gateway, WriteRequest, Written};
+use super::{Gateway, WriteRequest, Written, freshness::last_word_at, write::LAST_WORD_WAIT};
 use crate::error::{Error, ErrorKind};
 
 impl Gateway {
     /// Writes, each as [`Gateway::write`] would: an answer for each, in their order. Of several writes of one key the last is written, whatever
     /// its condition. They are under way together; the caller bounds how many there are.
     pub async fn write_all(&self, requests: Vec<WriteRequest>, deadline: Instant) -> Vec<Result<Written, Error>> {
+        // So that what is answered in time is told, though another write is not.
+        let deadline =
+            last_word_at(deadline - LAST_WORD_WAIT.min(deadline.saturating_duration_since(Instant::now()) / 4));
         let stands = last_of_each_key(&requests);
         let writes = requests.into_iter().zip(stands).map(async |(request, stands)| {
             if stands {
                 self.write(request, deadline).await
             } else {
-                let message = "a later item of the same batch writes this key";
+                let message =
+                    "a later item of the same batch has this key: this one was not written, whatever becomes of that";
                 Err(Error::new(ErrorKind::Superseded, message))
             }
         });

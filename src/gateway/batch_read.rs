@@ -29,7 +29,7 @@ use tokio::{
 
 use super::{
     Found, Gateway, ReadConsistency, ReadOptions, found_at,
-    freshness::Demand,
+    freshness::{Demand, last_word_at},
     load::shorten,
     no_tier_answered,
     read::{Above, newest_of, too_many_loads},
@@ -102,6 +102,8 @@ impl Gateway {
     /// the keys beyond are answered with `TooLarge`, to be asked for again; the first one never is.
     pub async fn get_all(&self, keys: &[Key], options: ReadOptions, deadline: Instant) -> Vec<Result<Found, Error>> {
         let (started, consistency) = (Instant::now(), options.consistency);
+        // So that what is answered in time is told, though another key is not.
+        let deadline = last_word_at(deadline);
         let demand = self.demand(options.freshness);
         let asks_memory = consistency == ReadConsistency::Cached && options.freshness.min_version.is_none();
         let mut answers: Vec<Option<Result<Found, Error>>> = Vec::with_capacity(keys.len());

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     Counted, Durability, Gateway, IncrementRequest, TouchRequest, Touched,
     freshness::last_word_at,
-    requests::{Done, Lead, Requests, Turned, fingerprint_of_increment, fingerprint_of_touch, reused},
+    requests::{Done, Lead, Turned, fingerprint_of_increment, fingerprint_of_touch, reused},
     write::not_stamped,
 };
 use crate::{
@@ -114,7 +114,7 @@ impl Gateway {
             deadline,
         };
         let Some(id) = id else {
-            let request = Requests::made_up(print, self.parts().clock.now());
+            let request = self.parts().requests.made_up(print, self.parts().clock.now());
             return self.decide_as(undecided(request), None).await;
         };
         match self.turn(&key, id, print, deadline).await? {
@@ -156,7 +156,7 @@ impl Gateway {
                 if let Some(entered) = entered {
                     self.release(key, entered.token).await;
                 }
-                if let Some(ended) = self.not_applied(key, version, decided).await {
+                if let Some(ended) = self.not_applied(&undecided, version, decided).await {
                     return ended;
                 }
                 if Instant::now() + pause >= last_word_at(deadline) {
@@ -179,26 +179,26 @@ impl Gateway {
         }
     }
 
-    /// What an operation that was not applied now is answered with, and the tiers above the store with it. `None`: the store cannot decide
-    /// yet.
-    async fn not_applied(&self, key: &Key, version: Version, decided: Decided) -> Option<Result<Done, Error>> {
-        let parts = self.parts();
+    /// What an operation that was not applied now is answered with, once the tiers above the store know what stands there. `None`: the store
+    /// cannot decide yet.
+    async fn not_applied(
+        &self,
+        undecided: &Undecided,
+        version: Version,
+        decided: Decided,
+    ) -> Option<Result<Done, Error>> {
+        let (key, deadline) = (&undecided.key, undecided.deadline);
         match decided {
-            Decided::Repeated(answer) => {
-                // Whoever wrote it may not have come to tell.
-                self.outdate(key, answer.version).await;
+            Decided::Repeated(answer) => match self.outdate(key, deadline).await {
                 // Or it was this very call, whose first try had lost its answer.
-                Some(Ok(done(answer, answer.version != version)))
-            }
+                Ok(standing) if standing >= Some(answer.version) => Some(Ok(done(answer, answer.version != version))),
+                // It was accepted elsewhere, and the store is told of it before it has it; or somebody has removed the row.
+                Ok(_) => None,
+                Err(error) => Some(Err(error.unknown())),
+            },
             Decided::Refused(refusal) => {
-                if let Refusal::Conflict {
-                    standing: Some(standing),
-                } = refusal
-                {
-                    // Or the caller might read again what it has just decided upon.
-                    parts.flights.detach(key);
-                    parts.memory.invalidate(key, standing);
-                }
+                // Or the caller might read again what it has just decided upon. That it failed does not change the answer.
+                let _ = self.outdate(key, deadline).await;
                 Some(Err(refused(refusal)))
             }
             Decided::Reused => Some(Err(reused())),
@@ -227,7 +227,7 @@ impl Gateway {
                 condition: undecided.condition,
                 change: undecided.change.clone(),
                 request: undecided.request.clone(),
-                now: parts.clock.now(),
+                asked_at: parts.clock.now(),
                 acknowledged: shown,
             };
             tried = Some(version);
@@ -239,20 +239,31 @@ impl Gateway {
         }
     }
 
-    /// Has every tier above the store forget what is older than a version that the store has: whoever wrote it may not have come to tell.
-    async fn outdate(&self, key: &Key, version: Version) {
+    /// Has every tier above the store forget what is older than what the store holds of a key, for whoever wrote that may not have come to tell; and
+    /// this replica's clock stamp above it. The version: that of a tombstone or of an expired record, too, or the horizon where there is no row.
+    async fn outdate(&self, key: &Key, deadline: Instant) -> Result<Option<Version>, Error> {
+        let parts = self.parts();
+        let stored = parts.loads.load(key, deadline).await?;
+        let has_row = stored.is_some();
+        let standing = stored.map(|entry| entry.version).or(parts.sharing.known_horizon());
         #[cfg(feature = "planted-faults")]
         if super::planted::keeps_outdated() {
-            return;
+            return Ok(standing);
         }
-        if let Some(redis) = &self.inner.redis
-            && redis.purge(key, version).await.is_err()
-        {
-            self.remember(key, version);
+        if let Some(standing) = standing {
+            parts.clock.observe(standing);
+            if has_row {
+                parts.queue.overtake(key, standing);
+            }
+            parts.flights.detach(key);
+            parts.memory.invalidate(key, standing);
+            if let Some(redis) = &self.inner.redis
+                && redis.purge(key, standing).await.is_err()
+            {
+                self.remember(key, standing);
+            }
         }
-        self.parts().queue.overtake(key, version);
-        self.parts().flights.detach(key);
-        self.parts().memory.invalidate(key, version);
+        Ok(standing)
     }
 }
 

@@ -8,7 +8,7 @@
 //! moves no clock; the record's own expiry wins over everything here. Safe to drop at any await: nothing but loads, which run in tasks of
 //! their own, outlives a read.
 
-use std::{future::Future, pin::pin, sync::atomic::Ordering, time::Duration};
+use std::{future::Future, pin::pin, time::Duration};
 
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -28,8 +28,10 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 const STORE_PAUSE_FIRST: Duration = Duration::from_millis(20);
 const STORE_PAUSE_MAX: Duration = Duration::from_millis(320);
 
-/// How long before its deadline a read that waits in vain is answered, so that its caller still hears it.
+/// How long before its deadline a call that waits in vain is answered, so that its caller still hears it; and a share of the time that is left,
+/// for clients round up what they tell of a long one.
 const LAST_WORD: Duration = Duration::from_millis(20);
+const LAST_WORD_SHARE: u32 = 64;
 
 /// After which time to ask again for a version that could not be seen.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -156,7 +158,7 @@ impl Gateway {
         Demand {
             freshness,
             since: self.parts().clock.now(),
-            horizon: Version::new(self.parts().sharing.horizon.load(Ordering::Relaxed)),
+            horizon: self.parts().sharing.known_horizon(),
         }
     }
 
@@ -277,7 +279,8 @@ pub(super) fn is_kept_for_outages(copy: &Copy, now: Timestamp) -> bool {
 /// When a call that waits is to be answered: a little before its deadline, however near that is.
 pub(super) fn last_word_at(deadline: Instant) -> Instant {
     let left = deadline.saturating_duration_since(Instant::now());
-    deadline.checked_sub(LAST_WORD.min(left / 4)).unwrap_or(deadline)
+    let before = LAST_WORD.saturating_add(left / LAST_WORD_SHARE);
+    deadline.checked_sub(before.min(left / 4)).unwrap_or(deadline)
 }
 
 fn not_visible() -> Error {
@@ -409,7 +412,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_last_word_comes_before_the_deadline_however_near() {
         let now = Instant::now();
-        for (left, word) in [(5_000, 4_980), (20, 15), (4, 3), (0, 0)] {
+        for (left, word) in [(64_000, 62_980), (6_400, 6_280), (20, 15), (4, 3), (0, 0)] {
             let at = last_word_at(now + Duration::from_millis(left));
             assert_eq!(at - now, Duration::from_millis(word), "{left} ms left");
         }

@@ -4,7 +4,7 @@
 //! another replica's. Does not own the queue's word. Safe to drop at any await: waiting changes nothing but that what is awaited here is drained
 //! sooner.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -40,12 +40,18 @@ impl Gateway {
             let mut pause = PAUSE_FIRST;
             loop {
                 match parts.queue.persisted(key, version, deadline).await? {
-                    Fate::Stored(stands) => return Ok(Some(stands)),
+                    Fate::Stored(stands) => {
+                        parts.clock.observe(stands);
+                        return Ok(Some(stands));
+                    }
                     Fate::DeadLettered => return Err(dead_lettered()),
                     Fate::Unknown => {}
                 }
-                let horizon = Version::new(parts.sharing.horizon.load(Ordering::Relaxed));
-                match parts.loads.load(key, deadline).await? {
+                let horizon = parts.sharing.known_horizon();
+                let stored = parts.loads.load(key, deadline).await?;
+                // The caller's next write of the key is to be above it.
+                stored.iter().for_each(|entry| parts.clock.observe(entry.version));
+                match stored {
                     Some(entry) if entry.version >= version => return Ok(Some(entry.version)),
                     // No row can be made any more by what is at or below the horizon.
                     None if horizon >= Some(version) => return Ok(None),

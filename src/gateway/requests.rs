@@ -5,11 +5,13 @@
 //! Invariants: of the calls with one id at most one is under way; what is answered here was written; an id stays until its window is over, or
 //! until it is known that nothing was written.
 //!
-//! Where the table alone does not say enough, the store does: for what it decides always, in the transaction of the write; for a write-behind
-//! write while the process is younger than the window, for an earlier one on this data directory may have answered it.
+//! Where the table alone does not say enough, the store does. For what is written through it decides always, in the transaction of the write.
+//! While the process is younger than the window an earlier one on this data directory may have answered a write-behind write: then the store is
+//! asked first. And after a try that went through, and of which nobody knows whether it was written, the next try goes through, too, whatever its
+//! mode: a look would not do, for the first may still be on its way.
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map},
+    collections::{BTreeMap, HashMap},
     num::NonZeroUsize,
     sync::Arc,
     time::Duration,
@@ -26,16 +28,20 @@ use tokio::{
 
 use super::{Durability, Gateway, IncrementRequest, TouchRequest, WriteRequest};
 use crate::{
-    error::{Error, ErrorKind, FieldViolation},
-    model::{Answer, Answered, Condition, Fingerprint, Key, KeyedAnswer, Request, RequestId, Timestamp},
+    error::{Error, ErrorKind, FieldViolation, Outcome},
+    model::{Answer, Answered, Condition, Fingerprint, Key, KeyedAnswer, Request, RequestId, Timestamp, Version},
+    queue::PendingEntry,
     settings::{DAY, Unfit, count, within},
 };
 
 /// When to come back to a full table: some windows will have ended.
 const RETRY_AFTER_FULL: Duration = Duration::from_secs(1);
 
-/// For how long an id that the gateway made up is remembered: longer than any call takes.
-const MADE_UP_WINDOW: Duration = Duration::from_secs(120);
+/// For how long beyond the longest call an id that the gateway made up is remembered: its tries end with the call, give or take the store's.
+const MADE_UP_SLACK: Duration = Duration::from_secs(60);
+
+/// How many ids whose windows are over are forgotten by one call.
+const FORGOTTEN_MAX: usize = 64;
 
 /// How request ids are remembered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,8 +50,9 @@ pub struct Config {
     /// For how long the answer to a request id is remembered. Default: 10 minutes. Longer covers clients that try again later, and keeps more.
     #[serde(with = "humantime_serde")]
     pub window: Duration,
-    /// How many ids of write-behind writes this gateway remembers; a write-behind write with one more is refused until some have ended. Default:
-    /// 1,000,000, which is some 200 MB at most.
+    /// How many ids this gateway remembers that the store need not know, those of write-behind writes; a write-behind write with one more is refused
+    /// until some have ended. As many of other writes are remembered beside them, for as long as there is room. Default: 1,000,000, which is some
+    /// 200 MB of each at most.
     pub remembered_max: NonZeroUsize,
 }
 
@@ -84,16 +91,22 @@ pub(super) struct Done {
 pub struct Requests {
     table: Mutex<Table>,
     window: Duration,
+    made_up_window: Duration,
     remembered_max: usize,
     started_at: Timestamp,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Table {
+    /// Up to when ids were forgotten.
+    now: Timestamp,
     known: HashMap<Name, Known, RandomState>,
     /// The answered ones by the end of their windows.
     ending: BTreeMap<(Timestamp, u64), Name>,
-    answered: u64,
+    /// Ids that were put there.
+    filed: u64,
+    /// How many of them the store knows.
+    in_store: usize,
 }
 
 /// The namespace, NUL, the id.
@@ -110,8 +123,28 @@ struct Known {
 enum State {
     /// A call has it; whoever joins learns how it ends.
     UnderWay(watch::Receiver<Option<Result<Done, Error>>>),
-    /// It was written.
-    Answered(Done),
+    /// It was written; until when that is remembered.
+    Answered(Done, Timestamp),
+    /// It was tried, and may have been written: the store decides what becomes of the next try. Until when.
+    Doubtful(Timestamp),
+}
+
+impl State {
+    fn is_under_way(&self) -> bool {
+        matches!(self, State::UnderWay(_))
+    }
+
+    /// Whether the store knows as much.
+    fn is_in_store(&self) -> bool {
+        matches!(self, State::Answered(done, _) if done.durability == Durability::Store)
+    }
+
+    fn is_over(&self, now: Timestamp) -> bool {
+        match self {
+            State::UnderWay(_) => false,
+            State::Answered(_, ends_at) | State::Doubtful(ends_at) => *ends_at <= now,
+        }
+    }
 }
 
 /// What a call with a request id is to do now.
@@ -141,14 +174,23 @@ pub(super) struct Lead {
     name: Name,
     sender: watch::Sender<Option<Result<Done, Error>>>,
     request: Request,
+    /// Until when an earlier try is in doubt.
+    doubtful: Option<Timestamp>,
 }
 
 impl Requests {
-    /// An empty table of a process that starts now.
-    pub fn new(config: &Config, now: Timestamp) -> Requests {
+    /// An empty table of a process that starts now, and whose calls take no longer than `call_max`.
+    pub fn new(config: &Config, call_max: Duration, now: Timestamp) -> Requests {
         Requests {
-            table: Mutex::default(),
+            table: Mutex::new(Table {
+                now,
+                known: HashMap::default(),
+                ending: BTreeMap::new(),
+                filed: 0,
+                in_store: 0,
+            }),
             window: config.window,
+            made_up_window: call_max + MADE_UP_SLACK,
             remembered_max: config.remembered_max.get(),
             started_at: now,
         }
@@ -162,8 +204,8 @@ impl Requests {
             let name = name(key.namespace(), &request.id);
             // Of one that was tried again within the earlier process the last try was answered.
             let newest = table.known.get(&name).is_none_or(|known| match &known.state {
-                State::Answered(done) => done.answer.version < answer.version,
-                State::UnderWay(_) => false,
+                State::Answered(done, _) => done.answer.version < answer.version,
+                State::UnderWay(_) | State::Doubtful(_) => false,
             });
             if newest {
                 let done = Done {
@@ -171,7 +213,8 @@ impl Requests {
                     durability: Durability::Journal,
                     deduplicated: true,
                 };
-                table.answer(name, &request, done);
+                let state = State::Answered(done, request.ends_at);
+                table.file(name, request.fingerprint, state, request.ends_at);
             }
         }
     }
@@ -186,11 +229,11 @@ impl Requests {
     }
 
     /// A request that the gateway names by itself.
-    pub(super) fn made_up(fingerprint: Fingerprint, now: Timestamp) -> Request {
+    pub(super) fn made_up(&self, fingerprint: Fingerprint, now: Timestamp) -> Request {
         Request {
             id: RequestId::made_up(),
             fingerprint,
-            ends_at: now.after(MADE_UP_WINDOW),
+            ends_at: now.after(self.made_up_window),
         }
     }
 
@@ -206,32 +249,32 @@ impl Requests {
     fn turn(self: &Arc<Self>, key: &Key, request: Request, now: Timestamp) -> Result<Turn, Error> {
         let mut table = self.table.lock();
         table.forget_ended(now);
-        match table.known.entry(name(key.namespace(), &request.id)) {
-            hash_map::Entry::Occupied(known) => {
-                let Known { fingerprint, state } = known.get();
-                if *fingerprint != request.fingerprint {
-                    return Err(reused());
-                }
-                Ok(match state {
-                    State::UnderWay(outcome) => Turn::Join(outcome.clone()),
-                    State::Answered(done) => Turn::Known(*done),
-                })
-            }
-            hash_map::Entry::Vacant(vacant) => {
-                let (sender, outcome) = watch::channel(None);
-                let name = Arc::clone(vacant.key());
-                vacant.insert(Known {
-                    fingerprint: request.fingerprint,
-                    state: State::UnderWay(outcome),
-                });
-                Ok(Turn::Lead(Lead {
-                    requests: Arc::clone(self),
-                    name,
-                    sender,
-                    request,
-                }))
-            }
+        let name = name(key.namespace(), &request.id);
+        let known = table.known.get(&name).filter(|known| !known.state.is_over(now));
+        if known.is_some_and(|known| known.fingerprint != request.fingerprint) {
+            return Err(reused());
         }
+        let doubtful = match known.map(|known| &known.state) {
+            Some(State::UnderWay(outcome)) => return Ok(Turn::Join(outcome.clone())),
+            Some(State::Answered(done, _)) => return Ok(Turn::Known(*done)),
+            Some(State::Doubtful(ends_at)) => Some(*ends_at),
+            None => None,
+        };
+        let (sender, outcome) = watch::channel(None);
+        table.set(Arc::clone(&name), request.fingerprint, State::UnderWay(outcome));
+        Ok(Turn::Lead(Lead {
+            requests: Arc::clone(self),
+            name,
+            sender,
+            request,
+            doubtful,
+        }))
+    }
+
+    /// Forgets the answer of this version to an id.
+    fn forget(&self, key: &Key, id: &RequestId, version: Version) {
+        let is_it = |state: &State| matches!(state, State::Answered(done, _) if done.answer.version == version);
+        self.table.lock().remove_if(&name(key.namespace(), id), is_it);
     }
 
     /// Checks that one more write-behind write can be remembered.
@@ -239,60 +282,91 @@ impl Requests {
     /// # Errors
     /// `Overloaded`.
     pub(super) fn has_room(&self) -> Result<(), Error> {
+        let table = self.table.lock();
         // Those under way count: they will be answered.
-        if self.table.lock().known.len() <= self.remembered_max {
+        if table.known.len() - table.in_store <= self.remembered_max {
             return Ok(());
         }
-        let message = "as many request ids are remembered as may be: send the write without one, or write it through";
+        let message = "as many request ids are remembered as requests.remembered_max allows: write it through, send it without an id, or come back \
+                       once earlier ones have ended";
         Err(Error::new(ErrorKind::Overloaded, message).retry_after(RETRY_AFTER_FULL))
     }
 }
 
 impl Table {
-    fn answer(&mut self, name: Name, request: &Request, done: Done) {
-        let number = self.answered;
-        self.answered += 1;
-        self.ending.insert((request.ends_at, number), Arc::clone(&name));
-        let known = Known {
-            fingerprint: request.fingerprint,
-            state: State::Answered(Done {
-                deduplicated: true,
-                ..done
-            }),
-        };
-        self.known.insert(name, known);
+    /// Files what is known of an id, until its window is over.
+    fn file(&mut self, name: Name, fingerprint: Fingerprint, state: State, ends_at: Timestamp) {
+        let number = self.filed;
+        self.filed += 1;
+        self.ending.insert((ends_at, number), Arc::clone(&name));
+        self.set(name, fingerprint, state);
+    }
+
+    fn set(&mut self, name: Name, fingerprint: Fingerprint, state: State) {
+        self.in_store += usize::from(state.is_in_store());
+        if let Some(before) = self.known.insert(name, Known { fingerprint, state }) {
+            self.in_store -= usize::from(before.state.is_in_store());
+        }
+    }
+
+    fn remove_if(&mut self, name: &Name, is_it: impl Fn(&State) -> bool) {
+        if self.known.get(name).is_some_and(|known| is_it(&known.state))
+            && let Some(removed) = self.known.remove(name)
+        {
+            self.in_store -= usize::from(removed.state.is_in_store());
+        }
     }
 
     fn forget_ended(&mut self, now: Timestamp) {
-        while let Some(first) = self.ending.first_entry()
-            && first.key().0 <= now
-        {
+        self.now = self.now.max(now);
+        for _ in 0..FORGOTTEN_MAX {
+            let Some(first) = self.ending.first_entry().filter(|first| first.key().0 <= now) else {
+                return;
+            };
             let name = first.remove();
             // It may have been taken up anew since.
-            if let hash_map::Entry::Occupied(known) = self.known.entry(name)
-                && matches!(known.get().state, State::Answered(_))
-            {
-                known.remove();
-            }
+            self.remove_if(&name, |state| state.is_over(now));
         }
     }
 }
 
 impl Lead {
+    /// Whether an earlier try may have been written: then the store has to decide what becomes of this one.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.doubtful.is_some()
+    }
+
     /// The request.
     pub(super) fn request(&self) -> &Request {
         &self.request
     }
 
-    /// Tells those who joined how it ended, and remembers it if it ended well: for as long as its window, where there is room. There is, for what
-    /// the store does not know ([`Requests::has_room`]).
+    /// Tells those who joined how it ended, and remembers it: for as long as its window, if it was written now, where there is room, and there is
+    /// for what the store does not know ([`Requests::has_room`]); and that it may have been. What the store remembers of an earlier call is its to
+    /// say, for it knows when that ends.
     pub(super) fn end(self, outcome: &Result<Done, Error>) {
-        if let Ok(done) = outcome {
-            let mut table = self.requests.table.lock();
-            if done.durability != Durability::Store || table.known.len() <= self.requests.remembered_max {
-                table.answer(Arc::clone(&self.name), &self.request, *done);
+        let Request {
+            fingerprint, ends_at, ..
+        } = self.request;
+        let mut table = self.requests.table.lock();
+        match outcome {
+            Ok(done) if !done.deduplicated => {
+                let has_room = done.durability != Durability::Store || table.in_store < self.requests.remembered_max;
+                if has_room {
+                    let done = Done {
+                        deduplicated: true,
+                        ..*done
+                    };
+                    let state = State::Answered(done, ends_at);
+                    table.file(Arc::clone(&self.name), fingerprint, state, ends_at);
+                }
             }
+            Err(error) if error.outcome() == Outcome::Unknown => {
+                table.file(Arc::clone(&self.name), fingerprint, State::Doubtful(ends_at), ends_at);
+            }
+            Ok(_) | Err(_) => {}
         }
+        drop(table);
         let told = outcome.clone().map(|done| Done {
             deduplicated: true,
             ..done
@@ -304,10 +378,20 @@ impl Lead {
 impl Drop for Lead {
     fn drop(&mut self) {
         let mut table = self.requests.table.lock();
-        if let hash_map::Entry::Occupied(known) = table.known.entry(Arc::clone(&self.name))
-            && matches!(known.get().state, State::UnderWay(_))
-        {
-            known.remove();
+        match self.doubtful {
+            // Nothing has become of this try, and as little is known of the earlier one as before.
+            Some(ends_at)
+                if ends_at > table.now
+                    && table
+                        .known
+                        .get(&self.name)
+                        .is_some_and(|known| known.state.is_under_way()) =>
+            {
+                let fingerprint = self.request.fingerprint;
+                // It is filed under its end already.
+                table.set(Arc::clone(&self.name), fingerprint, State::Doubtful(ends_at));
+            }
+            _ => table.remove_if(&self.name, State::is_under_way),
         }
     }
 }
@@ -331,14 +415,38 @@ impl Gateway {
             let request = parts.requests.request(id.clone(), print, now);
             match parts.requests.turn(key, request, now)? {
                 Turn::Lead(lead) => return Ok(Turned::Lead(lead)),
-                Turn::Known(done) => return Ok(Turned::Answered(done)),
-                Turn::Join(outcome) => {
-                    if let Some(outcome) = joined(outcome, deadline).await {
-                        return outcome.map(Turned::Answered);
-                    }
-                }
+                Turn::Known(done) => match self.as_it_is_now(key, done, deadline).await? {
+                    Some(done) => return Ok(Turned::Answered(done)),
+                    None => parts.requests.forget(key, &id, done.answer.version),
+                },
+                Turn::Join(outcome) => match joined(outcome, deadline).await {
+                    None => {}
+                    // It had less time than this call.
+                    Some(Err(error)) if error.kind() == ErrorKind::Timeout && Instant::now() < deadline => {}
+                    Some(outcome) => return outcome.map(Turned::Answered),
+                },
             }
         }
+    }
+
+    /// An earlier answer, and what its write rests on by now. `None`: the store rejected it for good, so it was not written after all.
+    async fn as_it_is_now(&self, key: &Key, done: Done, deadline: Instant) -> Result<Option<Done>, Error> {
+        let (parts, version) = (self.parts(), done.answer.version);
+        let is_pending = |pending: PendingEntry| pending.entry.version >= version;
+        if done.durability == Durability::Store || parts.queue.pending(key).is_some_and(is_pending) {
+            return Ok(Some(done));
+        }
+        let Ok(stored) = parts.loads.load(key, deadline).await else {
+            // It was acknowledged as this.
+            return Ok(Some(done));
+        };
+        let standing = stored.map(|entry| entry.version).or(parts.sharing.known_horizon());
+        if standing >= Some(version) {
+            let durability = Durability::Store;
+            return Ok(Some(Done { durability, ..done }));
+        }
+        let is_buried = parts.decisions.is_buried(key, version, deadline).await?;
+        Ok((!is_buried).then_some(done))
     }
 }
 
@@ -440,7 +548,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::model::{Tags, Version};
+    use crate::model::Tags;
 
     const NOW: Timestamp = Timestamp(1_000_000);
 
@@ -449,7 +557,7 @@ mod tests {
             window: Duration::from_secs(10),
             remembered_max: NonZeroUsize::new(remembered_max).expect("not zero"),
         };
-        Arc::new(Requests::new(&config, NOW))
+        Arc::new(Requests::new(&config, Duration::from_secs(1), NOW))
     }
 
     fn key() -> Key {
@@ -549,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_store_knows_is_let_go_of_first_and_what_it_does_not_is_refused_in_time() {
+    fn what_the_store_knows_takes_no_room_from_what_it_does_not() {
         let requests = requests(2);
         for id in ["a", "b"] {
             lead(&requests, id, NOW).end(&Ok(done(1, Durability::Journal)));
@@ -558,7 +666,13 @@ mod tests {
         let third = lead(&requests, "c", NOW);
         assert_eq!(requests.has_room().expect_err("full").kind(), ErrorKind::Overloaded);
         third.end(&Ok(done(2, Durability::Store)));
-        assert!(known(&requests, "c", NOW).is_none() && known(&requests, "a", NOW).is_some());
+        lead(&requests, "d", NOW).end(&Ok(done(3, Durability::Store)));
+        lead(&requests, "e", NOW).end(&Ok(done(4, Durability::Store)));
+        for (id, is_known) in [("a", true), ("b", true), ("c", true), ("d", true), ("e", false)] {
+            assert_eq!(known(&requests, id, NOW).is_some(), is_known, "{id}");
+        }
+        assert!(known(&requests, "a", Timestamp(NOW.0 + 10_000)).is_none() && requests.has_room().is_ok());
+        assert_eq!(requests.table.lock().in_store, 0);
     }
 
     #[test]

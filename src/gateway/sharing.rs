@@ -48,6 +48,11 @@ pub struct Sharing {
 }
 
 impl Sharing {
+    /// The horizon of the collection, as far as it is known: of a key that the store has no row of, what is at or below it may have been collected.
+    pub(super) fn known_horizon(&self) -> Option<Version> {
+        Version::new(self.horizon.load(Ordering::Relaxed))
+    }
+
     /// Nothing known, of a process that tells others apart by `prefix`.
     pub fn new(prefix: &str) -> Sharing {
         Sharing {

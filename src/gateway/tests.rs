@@ -91,7 +91,7 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let stop = CancellationToken::new();
     // Its pings tell the breaker that the store is back.
     let mut tasks = vec![watch::start(store.clone(), &stop)];
-    let (commits, decisions, loads, ranges) = paths(&store, &store_metrics, &stop, &mut tasks);
+    let (commits, decisions, loads, ranges) = paths(&store, &clock, &store_metrics, &stop, &mut tasks);
     let queue = queue::Parts {
         store: store.clone(),
         clock: Arc::clone(&clock),
@@ -103,7 +103,7 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
     let mut started = Queue::start(&setup.queue, queue, &stop);
     tasks.extend(started.workers);
     let parts = GatewayParts {
-        requests: Arc::new(Requests::new(&setup.requests, clock.now())),
+        requests: Arc::new(Requests::new(&setup.requests, PATIENCE, clock.now())),
         clock,
         namespaces: Arc::new(Namespaces::new(setup.namespace, [])),
         memory: Arc::new(Memory::new(&memory::Config {
@@ -141,13 +141,14 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
 /// The ways to the store, with what runs behind them.
 fn paths(
     store: &Store,
+    clock: &Arc<Clock>,
     metrics: &StoreMetrics,
     stop: &CancellationToken,
     tasks: &mut Vec<JoinHandle<()>>,
 ) -> (GroupCommit, GroupDecide, GroupLoad, Ranges) {
     let config = store::Config::default();
     let commits = GroupCommit::new(store.clone(), &config, metrics.clone());
-    let decisions = GroupDecide::new(store.clone(), &config, metrics.clone());
+    let decisions = GroupDecide::new(store.clone(), &config, Arc::clone(clock), metrics.clone());
     let loads = GroupLoad::new(store.clone(), &config, metrics.clone());
     let ranges = Ranges::new(store.clone(), &config);
     tasks.extend(commits.start(stop));

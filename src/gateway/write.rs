@@ -13,7 +13,7 @@ use super::{
     Durability, Gateway, WriteRequest, Written,
     decide::Undecided,
     died,
-    requests::{Done, Lead, Requests, Turned, fingerprint_of_write, reused},
+    requests::{Done, Lead, Turned, fingerprint_of_write, reused},
 };
 use crate::{
     cache::{
@@ -25,13 +25,13 @@ use crate::{
     model::{
         Answer, Answered, Condition, Entry, Fingerprint, Key, Request, Tags, Timestamp, Version, Write, content_bytes,
     },
-    namespace::WriteMode,
+    namespace::{QueueFull, WriteMode},
     queue::{Admission, Claim},
     store::{Committed, operation::Change},
 };
 
 /// How long after its deadline a write's own, more exact, word about it is waited for.
-const LAST_WORD_WAIT: Duration = Duration::from_millis(50);
+pub(super) const LAST_WORD_WAIT: Duration = Duration::from_millis(50);
 
 /// A write that has no version yet.
 struct Draft {
@@ -115,11 +115,15 @@ impl Gateway {
             return self.write_through(draft, request.condition, print, lead).await;
         }
         let lead = match lead {
+            None => None,
+            Some(lead) if self.may_be_on_its_way(&lead, settings.queue_full) => {
+                let written = self.write_through(draft, None, print, Some(lead)).await;
+                return written.map_err(needs_store);
+            }
             Some(lead) => match self.answered_before(&draft, lead).await? {
                 Turned::Lead(lead) => Some(lead),
                 Turned::Answered(done) => return Ok(written(done)),
             },
-            None => None,
         };
         // Nothing has happened before this is granted: a caller that goes away while it waits has written nothing.
         let id_bytes = lead.as_ref().map_or(0, |lead| lead.request().bytes());
@@ -129,6 +133,13 @@ impl Gateway {
             Admission::Granted(claim) => self.write_behind(draft, claim, settings.write_delay, lead).await,
             Admission::WriteThrough => self.write_through(draft, None, print, lead).await,
         }
+    }
+
+    /// Whether an earlier try of a write-behind write may have gone through to the store, and be on its way there: one that this process knows of, or
+    /// one of an earlier process whose queue was full.
+    fn may_be_on_its_way(&self, lead: &Lead, full: QueueFull) -> bool {
+        let parts = self.parts();
+        lead.is_in_doubt() || (full == QueueFull::WriteThrough && parts.requests.is_young(parts.clock.now()))
     }
 
     /// A write-behind write with an id that this process does not know, and an earlier one on this data directory may have answered: the store
@@ -142,8 +153,9 @@ impl Gateway {
         }
         let request = lead.request();
         let (namespace, id) = (draft.key.namespace(), &request.id);
-        let known = parts.decisions.answer_of(namespace, id, draft.deadline).await?;
-        let Some(known) = known.filter(|known| now < known.request.ends_at) else {
+        let known = parts.decisions.answer_of(namespace, id, draft.deadline).await;
+        let known = known.map_err(needs_store)?.filter(|known| now < known.request.ends_at);
+        let Some(known) = known else {
             return Ok(Turned::Lead(lead));
         };
         if known.request.fingerprint != request.fingerprint {
@@ -154,6 +166,7 @@ impl Gateway {
             durability: Durability::Store,
             deduplicated: true,
         };
+        parts.clock.observe(done.answer.version);
         lead.end(&Ok(done));
         Ok(Turned::Answered(done))
     }
@@ -174,7 +187,7 @@ impl Gateway {
         };
         let request = match &lead {
             Some(lead) => lead.request().clone(),
-            None => Requests::made_up(print, self.parts().clock.now()),
+            None => self.parts().requests.made_up(print, self.parts().clock.now()),
         };
         let undecided = Undecided {
             key: draft.key,
@@ -229,7 +242,7 @@ impl Gateway {
         token.land_write(copy);
     }
 
-    /// Nobody is to wait for a write that failed; and if the store may have it, what is older must not go on answering.
+    /// Nobody is to wait for a write that failed; and if the store may have it, what is older must not go on answering, here or elsewhere.
     pub(super) async fn not_committed(
         &self,
         key: &Key,
@@ -242,6 +255,8 @@ impl Gateway {
         }
         if let Some(version) = tried.filter(|_| error.outcome() == Outcome::Unknown) {
             self.remember(key, version);
+            self.parts().flights.detach(key);
+            self.parts().memory.invalidate(key, version);
         }
     }
 
@@ -420,6 +435,16 @@ fn written(done: Done) -> Written {
         durability: done.durability,
         deduplicated: done.deduplicated,
     }
+}
+
+/// A write-behind write whose request id only the store can know of.
+fn needs_store(error: Error) -> Error {
+    if error.kind() != ErrorKind::Unavailable || error.outcome() == Outcome::Unknown {
+        return error;
+    }
+    let message = "the store cannot take the write, and it alone knows whether one with this request id was written before this gateway started, \
+                   or when it was tried last: try again, or send a write that may be written twice without an id";
+    Error::new(ErrorKind::Unavailable, message).because(error)
 }
 
 pub(super) fn not_stamped(why: NoStamp) -> Error {

@@ -80,6 +80,7 @@ impl GroupCommit {
                     store: self.store.clone(),
                     line: Arc::clone(&self.line),
                     stop: stop.clone(),
+                    context: (),
                     metrics: Rows::PATH.map(|path| Metrics::new(&self.metrics, path)),
                 };
                 worker.start()
@@ -131,6 +132,7 @@ struct Rows(Vec<Row>);
 impl Callers for Rows {
     type Question = Write;
     type Result = Committed;
+    type Context = ();
 
     const REFUSED: &str = "the store takes no writes at present";
     const PATH: Option<CommitPath> = Some(CommitPath::Through);
@@ -162,7 +164,7 @@ impl Callers for Rows {
     }
 
     /// Sends the highest write of each row.
-    async fn send(&self, session: &mut Session) -> Result<Vec<Committed>, StoreError> {
+    async fn send(&self, session: &mut Session, (): &()) -> Result<Vec<Committed>, StoreError> {
         let firsts = self.0.iter().filter_map(|row| row.first());
         let writes: Vec<Write> = firsts.map(|first| first.question.clone()).collect();
         session.commit(&writes).await

@@ -81,12 +81,13 @@ pub(super) fn wanted(operations: &[Operation]) -> Vec<Wanted<'_>> {
 }
 
 /// Decides operations that are sorted by key, then by version. `rows` are those of [`wanted`], `known` is what is remembered of each
-/// operation's request.
+/// operation's request. What has expired at `now` is not there.
 pub(super) fn decide(
     operations: &[Operation],
     rows: &[Option<Standing>],
     known: &[Option<Answered>],
     horizon: Option<Version>,
+    now: Timestamp,
 ) -> Plan {
     debug_assert_eq!(operations.len(), known.len());
     let mut plan = Plan {
@@ -104,6 +105,7 @@ pub(super) fn decide(
         let mut state = State {
             row: row.as_ref().map(Cow::Borrowed),
             horizon,
+            now,
         };
         let mut idle = Vec::new();
         while let Some((place, (operation, known))) = left.next_if(|(_, (operation, _))| operation.key == *key) {
@@ -148,11 +150,12 @@ struct State<'a> {
     /// What stands: as it was read, or as an operation left it.
     row: Option<Cow<'a, Standing>>,
     horizon: Option<Version>,
+    now: Timestamp,
 }
 
 impl State<'_> {
     fn decide(&mut self, operation: &Operation, known: Option<&Answered>) -> Decided {
-        if let Some(answered) = known.filter(|known| known.request.ends_at >= operation.now) {
+        if let Some(answered) = known.filter(|known| known.request.ends_at >= operation.asked_at) {
             return if answered.request.fingerprint == operation.request.fingerprint {
                 Decided::Repeated(answered.answer)
             } else {
@@ -166,14 +169,14 @@ impl State<'_> {
             return Decided::Behind;
         }
         if let Some(condition) = operation.condition
-            && !condition.holds(row.map(|row| &row.entry), operation.now)
+            && !condition.holds(row.map(|row| &row.entry), self.now)
         {
-            return Decided::Refused(refusal(condition, row, operation.now));
+            return Decided::Refused(refusal(condition, row, self.now));
         }
         if let Some(standing) = standing.filter(|standing| *standing >= operation.version) {
             return Decided::Outdated { standing };
         }
-        match applied(operation, row) {
+        match applied(operation, row, self.now) {
             Ok((next, counter)) => {
                 let entry = next.entry.clone();
                 let answer = Answer {
@@ -204,8 +207,8 @@ fn live(row: Option<&Standing>, now: Timestamp) -> Option<&Standing> {
 }
 
 /// What an operation makes of what stands, and what the counter becomes, if it is one.
-fn applied(operation: &Operation, row: Option<&Standing>) -> Result<(Standing, Option<i64>), Refusal> {
-    let standing = live(row, operation.now);
+fn applied(operation: &Operation, row: Option<&Standing>, now: Timestamp) -> Result<(Standing, Option<i64>), Refusal> {
+    let standing = live(row, now);
     let next = |value, expires_at, tags| Standing {
         entry: Entry {
             version: operation.version,

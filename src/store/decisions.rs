@@ -35,6 +35,7 @@ use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    clock::Clock,
     error::{Error, Outcome},
     model::{Answered, Key, RequestId, Version},
     store::{
@@ -54,12 +55,13 @@ pub struct GroupDecide {
     lookups: Arc<Line<Lookups>>,
     store: Store,
     connections: usize,
+    clock: Arc<Clock>,
     metrics: StoreMetrics,
 }
 
 impl GroupDecide {
-    /// The path, closed until [`GroupDecide::start`] opens connections behind it: until then, calls wait.
-    pub fn new(store: Store, config: &Config, metrics: StoreMetrics) -> GroupDecide {
+    /// The path, closed until [`GroupDecide::start`] opens connections behind it: until then, calls wait. Each try goes by what `clock` shows then.
+    pub fn new(store: Store, config: &Config, clock: Arc<Clock>, metrics: StoreMetrics) -> GroupDecide {
         let bounds = Bounds {
             waiting_max: config.waiting_commits_max.get(),
             waiting_bytes_max: config.waiting_commits_bytes_max.get(),
@@ -78,6 +80,7 @@ impl GroupDecide {
             lookups: Arc::new(Gatherer::new(lookup_bounds, Outcome::NotApplied)),
             connections: config.decide_connections.get().min(store.writers_max()).max(1),
             store,
+            clock,
             metrics,
         }
     }
@@ -86,17 +89,19 @@ impl GroupDecide {
     /// what still waits with `Unavailable`, and end.
     #[must_use = "a task that ends before it was told to has died"]
     pub fn start(&self, stop: &CancellationToken) -> Vec<JoinHandle<()>> {
-        let deciding = (0..self.connections).map(|_| self.worker::<Operations>(&self.line, stop));
-        let looking_up = [self.worker::<Lookups>(&self.lookups, stop)];
+        let deciding =
+            (0..self.connections).map(|_| self.worker::<Operations>(&self.line, Arc::clone(&self.clock), stop));
+        let looking_up = [self.worker::<Lookups>(&self.lookups, (), stop)];
         deciding.chain(looking_up).collect()
     }
 
-    fn worker<C: Callers>(&self, line: &Arc<Line<C>>, stop: &CancellationToken) -> JoinHandle<()> {
+    fn worker<C: Callers>(&self, line: &Arc<Line<C>>, context: C::Context, stop: &CancellationToken) -> JoinHandle<()> {
         let worker: Worker<C> = Worker {
             session: self.store.session(),
             store: self.store.clone(),
             line: Arc::clone(line),
             stop: stop.clone(),
+            context,
             metrics: C::PATH.map(|path| Metrics::new(&self.metrics, path)),
         };
         worker.start()
@@ -139,7 +144,9 @@ impl GroupDecide {
         }
     }
 
-    /// Whether the dead-letter table holds exactly this version of a key. Changes nothing; dropping the future is harmless.
+    /// Whether the dead-letter table holds this version of a key or a higher one: a write that was coalesced goes there under the version of the
+    /// one that covers it. To be asked of a write that the store has neither itself nor a higher one of. Changes nothing; dropping the future is
+    /// harmless.
     ///
     /// # Errors
     /// As of [`GroupDecide::answer_of`].
@@ -169,6 +176,7 @@ struct Operations(Vec<Caller>);
 impl Callers for Operations {
     type Question = Operation;
     type Result = Decided;
+    type Context = Arc<Clock>;
 
     const REFUSED: &str = "the store takes no writes at present";
     const PATH: Option<CommitPath> = Some(CommitPath::Decided);
@@ -186,9 +194,9 @@ impl Callers for Operations {
         Operations(self.0.split_off(self.0.len() / 2))
     }
 
-    async fn send(&self, session: &mut Session) -> Result<Vec<Decided>, StoreError> {
+    async fn send(&self, session: &mut Session, clock: &Arc<Clock>) -> Result<Vec<Decided>, StoreError> {
         let operations: Vec<Operation> = self.0.iter().map(|caller| caller.question.clone()).collect();
-        session.decide(&operations).await
+        session.decide(&operations, clock.now()).await
     }
 
     fn answer(self, results: Vec<Decided>, metrics: Option<&Metrics>) {

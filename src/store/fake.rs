@@ -79,8 +79,8 @@ pub enum Call {
     Answers,
     /// [`Connection::forget_requests`].
     ForgetRequests,
-    /// [`Connection::is_buried`].
-    IsBuried,
+    /// [`Connection::are_buried`].
+    AreBuried,
 }
 
 /// What goes wrong in one call: first what it waits for, then how it ends.
@@ -818,14 +818,14 @@ impl Connection for FakeConnection {
             .await
     }
 
-    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+    async fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
         assert!(
             operations.is_sorted_by(|a, b| (&a.key, a.version) <= (&b.key, b.version)),
             "the operations of a transaction are not sorted by key and version"
         );
         let sent = operations.iter().map(|one| (one.key.clone(), one.version)).collect();
         self.state.lock().decisions.push(sent);
-        self.call(Call::Decide, |state| state.decide(operations)).await
+        self.call(Call::Decide, |state| state.decide(operations, now)).await
     }
 
     async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError> {
@@ -873,10 +873,13 @@ impl Connection for FakeConnection {
         .await
     }
 
-    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
-        self.call(Call::IsBuried, |state| {
-            let is_it = |letter: &DeadLetter| letter.write.key == *key && letter.write.entry.version == version;
-            Ok(state.dead_letters.iter().any(is_it))
+    async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
+        self.call(Call::AreBuried, |state| {
+            let is_buried = |(key, version): &(&Key, Version)| {
+                let mut letters = state.dead_letters.iter().map(|letter| &letter.write);
+                letters.any(|write| write.key == **key && write.entry.version >= *version)
+            };
+            Ok(writes.iter().map(is_buried).collect())
         })
         .await
     }

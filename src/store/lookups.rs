@@ -25,7 +25,7 @@ pub(super) enum Lookup {
         /// Its name.
         id: RequestId,
     },
-    /// Whether a write is among the dead letters.
+    /// Whether a write, or a higher one of its key, is among the dead letters.
     Buried {
         /// Its key.
         key: Key,
@@ -52,6 +52,8 @@ impl Callers for Lookups {
     type Question = Lookup;
     type Result = Found;
 
+    type Context = ();
+
     const REFUSED: &str = "the store answers no reads at present";
     const PATH: Option<CommitPath> = None;
 
@@ -67,23 +69,25 @@ impl Callers for Lookups {
         Lookups(self.0.split_off(self.0.len() / 2))
     }
 
-    /// One query for all requests, and one for each dead letter: these are asked for by those who wait for a write that never comes.
-    async fn send(&self, session: &mut Session) -> Result<Vec<Found>, StoreError> {
-        let requests: Vec<(&str, &RequestId)> = self.0.iter().filter_map(|caller| caller.question.request()).collect();
-        let mut answers = if requests.is_empty() {
-            Vec::new()
-        } else {
-            session.answers(&requests).await?
+    /// One query for all requests, and one for all dead letters.
+    async fn send(&self, session: &mut Session, (): &()) -> Result<Vec<Found>, StoreError> {
+        let questions = || self.0.iter().map(|caller| &caller.question);
+        let requests: Vec<(&str, &RequestId)> = questions().filter_map(Lookup::request).collect();
+        let writes: Vec<(&Key, Version)> = questions().filter_map(Lookup::write).collect();
+        let mut answers = Vec::new();
+        if !requests.is_empty() {
+            answers = session.answers(&requests).await?;
         }
-        .into_iter();
-        let mut found = Vec::with_capacity(self.0.len());
-        for caller in &self.0 {
-            found.push(match &caller.question {
-                Lookup::Answer { .. } => Found::Answer(answers.next().flatten()),
-                Lookup::Buried { key, version } => Found::Buried(session.is_buried(key, *version).await?),
-            });
+        let mut buried = Vec::new();
+        if !writes.is_empty() {
+            buried = session.are_buried(&writes).await?;
         }
-        Ok(found)
+        let (mut answers, mut buried) = (answers.into_iter(), buried.into_iter());
+        let found = questions().map(|question| match question {
+            Lookup::Answer { .. } => Found::Answer(answers.next().flatten()),
+            Lookup::Buried { .. } => Found::Buried(buried.next().unwrap_or_default()),
+        });
+        Ok(found.collect())
     }
 
     fn answer(self, results: Vec<Found>, _: Option<&Metrics>) {
@@ -112,6 +116,13 @@ impl Lookup {
         match self {
             Lookup::Answer { namespace, id } => Some((namespace, id)),
             Lookup::Buried { .. } => None,
+        }
+    }
+
+    fn write(&self) -> Option<(&Key, Version)> {
+        match self {
+            Lookup::Buried { key, version } => Some((key, *version)),
+            Lookup::Answer { .. } => None,
         }
     }
 }

@@ -41,7 +41,7 @@ use std::{error, fmt, time::Duration};
 
 use async_trait::async_trait;
 
-use crate::model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Version, Write};
+use crate::model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write};
 
 use self::operation::{Decided, Operation, RangeRow};
 
@@ -219,8 +219,9 @@ pub trait Connection: Send {
     async fn commit(&mut self, writes: &[Write]) -> Result<Vec<Committed>, StoreError>;
 
     /// Decides operations in one transaction, and applies those that can be: all of these, or (on an error) none. Sorted by key, then by
-    /// version: of one key each sees what the one before it left, and what the last one left is written. What became of each, in their order.
-    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError>;
+    /// version: of one key each sees what the one before it left, and what the last one left is written. A record that has expired at `now`, by the
+    /// gateway's clock, is not there. What became of each, in their order.
+    async fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError>;
 
     /// Remembers how requests were answered whose writes are not written by [`Connection::commit`]. One that is known stays as it is.
     async fn remember(&mut self, answers: &[KeyedAnswer]) -> Result<(), StoreError>;
@@ -244,8 +245,9 @@ pub trait Connection: Send {
         limit: u32,
     ) -> Result<Vec<RangeRow>, StoreError>;
 
-    /// Whether the dead-letter table holds exactly this version of a key.
-    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError>;
+    /// Of each key, whether the dead-letter table holds this version of it or a higher one, in the order of `writes`: a write that was coalesced
+    /// goes there under the version of the one that covers it.
+    async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError>;
 
     /// Writes a harmless row to the table of entries and takes it back: an error means that the table refuses every row.
     async fn probe(&mut self) -> Result<(), StoreError>;

@@ -49,8 +49,9 @@ pub struct Operation {
     pub change: Change,
     /// Its name: it is applied once.
     pub request: Request,
-    /// The gateway's time, by which records expire.
-    pub now: Timestamp,
+    /// When its caller asked, by the gateway's clock: whether the window of a known id is over is judged by this, so that however late a try
+    /// is it knows what an earlier one has left. What has expired is judged by the time of the try.
+    pub asked_at: Timestamp,
     /// A version of the key that is known to have been acknowledged, as by a gateway that has not drained it yet: a store that holds less
     /// cannot decide yet.
     pub acknowledged: Option<Version>,

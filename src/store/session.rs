@@ -12,7 +12,7 @@ use super::{
     breaker::Breaker,
 };
 use crate::{
-    model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Version, Write},
+    model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write},
     store::operation::{Decided, Operation, RangeRow},
 };
 
@@ -82,8 +82,8 @@ impl Session {
     }
 
     /// [`Connection::decide`].
-    pub async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
-        let call = self.connection.decide(operations);
+    pub async fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
+        let call = self.connection.decide(operations, now);
         let result = bounded(self.call_timeout, call).await;
         self.note(result)
     }
@@ -122,9 +122,9 @@ impl Session {
         self.note(result)
     }
 
-    /// [`Connection::is_buried`].
-    pub async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
-        let call = self.connection.is_buried(key, version);
+    /// [`Connection::are_buried`].
+    pub async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
+        let call = self.connection.are_buried(writes);
         let result = bounded(self.call_timeout, call).await;
         self.note(result)
     }

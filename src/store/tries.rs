@@ -82,6 +82,8 @@ pub(super) trait Callers: Sized + Send + Sync + 'static {
     type Question: Send + 'static;
     /// What each is answered.
     type Result: Send + 'static;
+    /// What a try needs to know besides.
+    type Context: Send + Sync + 'static;
 
     /// What a caller is told when the store refuses for a reason that will pass.
     const REFUSED: &str;
@@ -99,7 +101,11 @@ pub(super) trait Callers: Sized + Send + Sync + 'static {
     fn split_off_half(&mut self) -> Self;
 
     /// One try for all of them.
-    fn send(&self, session: &mut Session) -> impl Future<Output = Result<Vec<Self::Result>, StoreError>> + Send;
+    fn send(
+        &self,
+        session: &mut Session,
+        context: &Self::Context,
+    ) -> impl Future<Output = Result<Vec<Self::Result>, StoreError>> + Send;
 
     /// Answers all of them with the results of a try.
     fn answer(self, results: Vec<Self::Result>, metrics: Option<&Metrics>);
@@ -143,6 +149,7 @@ pub(super) struct Worker<C: Callers> {
     pub(super) store: Store,
     pub(super) line: Arc<Line<C>>,
     pub(super) stop: CancellationToken,
+    pub(super) context: C::Context,
     pub(super) metrics: Option<Metrics>,
 }
 
@@ -195,7 +202,7 @@ impl<C: Callers> Worker<C> {
 
     async fn send(&mut self, callers: &C) -> Result<Vec<C::Result>, StoreError> {
         let begun = Instant::now();
-        let results = callers.send(&mut self.session).await;
+        let results = callers.send(&mut self.session, &self.context).await;
         if let Some(metrics) = &self.metrics {
             metrics.duration.observe(begun.elapsed().as_secs_f64());
             metrics.batch.observe(callers.parts() as f64);

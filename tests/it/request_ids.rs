@@ -329,7 +329,7 @@ async fn what_was_not_applied_is_not_remembered(stage: Stage) {
 }
 
 async fn an_id_is_forgotten_after_its_window(stage: Stage) {
-    let stage = stage.config("[requests]\nwindow = \"1s\"");
+    let stage = stage.config("[requests]\nwindow = \"1s\"\n[rpc]\ndeadline_default = \"1s\"\ndeadline_max = \"1s\"");
     let gateway = stage.start().await;
     let client = &gateway.client;
     for mode in [Mode::Through, Mode::Behind] {

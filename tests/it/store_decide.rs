@@ -1,6 +1,6 @@
 //! What every store must do about what it decides, and about what it remembers of requests, run against the real PostgreSQL and the real SQLite.
 //!
-//! Owns the contract of `Connection::decide`, `remember`, `answers`, `forget_requests` and `is_buried`, and of the requests that commits and dead
+//! Owns the contract of `Connection::decide`, `remember`, `answers`, `forget_requests` and `are_buried`, and of the requests that commits and dead
 //! letters carry. What breaks the way to PostgreSQL in the middle of a decision is in `store_decide_cut.rs`.
 
 use std::{
@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use tidegate::{
     model::{
-        Answer, Answered, Condition, Entry, Fingerprint, KeyedAnswer, Request, RequestId, Tags, Timestamp, Version,
+        Answer, Answered, Condition, Entry, Fingerprint, Key, KeyedAnswer, Request, RequestId, Tags, Timestamp, Version,
     },
     store::{
         Committed, Connection, DeadLetter, StoreErrorKind,
@@ -49,7 +49,7 @@ pub fn operation(name: &str, number: i64, change: Change) -> Operation {
         condition: None,
         change,
         request: made_up(),
-        now: Timestamp(now()),
+        asked_at: Timestamp(now()),
         acknowledged: None,
     }
 }
@@ -79,14 +79,17 @@ pub fn named(id: &str, operation: Operation) -> Operation {
 }
 
 pub async fn decide(connection: &mut dyn Connection, operation: Operation) -> Decided {
-    let decided = connection.decide(&[operation]).await.expect("the store decides");
+    let decided = connection
+        .decide(&[operation], Timestamp(now()))
+        .await
+        .expect("the store decides");
     decided.into_iter().next().expect("one for each operation")
 }
 
 /// The same, tried again while the store refuses for a reason that passes: a deadlock, in which this one was the victim.
 async fn decide_all(connection: &mut dyn Connection, operations: &[Operation]) -> Vec<Decided> {
     loop {
-        match connection.decide(operations).await {
+        match connection.decide(operations, Timestamp(now())).await {
             Ok(decided) => return decided,
             Err(error) => assert_eq!(error.kind, StoreErrorKind::Transient, "{error}"),
         }
@@ -260,7 +263,7 @@ async fn operations_of_one_key_see_each_other_within_a_transaction(fixture: Fixt
         operation("b", 6, Change::Delete),
         put("c", 5, "never", Some(Condition::Present)),
     ];
-    let decided = connection.decide(&operations).await.expect("decided");
+    let decided = connection.decide(&operations, Timestamp(now())).await.expect("decided");
     assert_eq!(
         decided,
         [
@@ -276,7 +279,7 @@ async fn operations_of_one_key_see_each_other_within_a_transaction(fixture: Fixt
     assert_eq!(load(connection, &key("orders", "a")).await, Some(entry(8, Some("3"))));
     assert_eq!(load(connection, &key("orders", "b")).await, Some(entry(6, None)));
     // The same once more: what was applied is known, and what was not is decided anew.
-    let again = connection.decide(&operations).await.expect("decided");
+    let again = connection.decide(&operations, Timestamp(now())).await.expect("decided");
     assert_eq!(
         again,
         [
@@ -291,11 +294,17 @@ async fn operations_of_one_key_see_each_other_within_a_transaction(fixture: Fixt
     );
     // Large ones are one transaction, too.
     let many: Vec<Operation> = (0..1_000).map(|n| add(&format!("n{n:04}"), 5, n)).collect();
-    let decided = connection.decide(&many).await.expect("decided");
+    let decided = connection.decide(&many, Timestamp(now())).await.expect("decided");
     assert!(decided.iter().all(|decided| matches!(decided, Decided::Applied { .. })));
-    let decided = connection.decide(&many).await.expect("decided");
+    let decided = connection.decide(&many, Timestamp(now())).await.expect("decided");
     assert!(decided.iter().all(|decided| matches!(decided, Decided::Repeated(_))));
-    assert_eq!(connection.decide(&[]).await.expect("nothing to decide"), []);
+    assert_eq!(
+        connection
+            .decide(&[], Timestamp(now()))
+            .await
+            .expect("nothing to decide"),
+        []
+    );
 }
 
 async fn a_request_is_applied_once(fixture: Fixture) {
@@ -339,8 +348,8 @@ async fn a_request_is_applied_once(fixture: Fixture) {
     );
     // Once its window is over it is as new.
     let mut later = again;
-    later.now = Timestamp(first.request.ends_at.0 + 1);
-    later.request.ends_at = Timestamp(later.now.0 + WINDOW_MILLIS);
+    later.asked_at = Timestamp(first.request.ends_at.0 + 1);
+    later.request.ends_at = Timestamp(later.asked_at.0 + WINDOW_MILLIS);
     assert_eq!(
         decide(connection, later.clone()).await,
         applied(entry(9, Some("21")), Some(21))
@@ -349,7 +358,7 @@ async fn a_request_is_applied_once(fixture: Fixture) {
     // Several of one id at once: by version, the first is applied.
     let mut twice = [named("twice", add("two", 5, 1)), named("twice", add("two", 6, 1))];
     twice[1].request.fingerprint = twice[0].request.fingerprint;
-    let decided = connection.decide(&twice).await.expect("decided");
+    let decided = connection.decide(&twice, Timestamp(now())).await.expect("decided");
     assert_eq!(
         decided,
         [
@@ -582,7 +591,10 @@ async fn a_rejected_operation_takes_its_whole_transaction_along(fixture: Fixture
     commit(connection, vec![write("b", 1, Some("v"))]).await;
     fixture.refuse_poison().await;
     let batch = [put("a", 5, "fine", None), put("c", 5, "poison", None)];
-    assert_eq!(kind(connection.decide(&batch).await), StoreErrorKind::Rejected);
+    assert_eq!(
+        kind(connection.decide(&batch, Timestamp(now())).await),
+        StoreErrorKind::Rejected
+    );
     assert_eq!(load(connection, &key("orders", "a")).await, None);
     assert_eq!(
         decide(connection, batch[0].clone()).await,
@@ -606,7 +618,11 @@ async fn a_write_that_the_table_swallows_is_rejected(fixture: Fixture) {
     for name in ["swallowed", "swallowed too"] {
         let swallowed = put(name, 5, "v", None);
         assert_eq!(
-            kind(connection.decide(std::slice::from_ref(&swallowed)).await),
+            kind(
+                connection
+                    .decide(std::slice::from_ref(&swallowed), Timestamp(now()))
+                    .await
+            ),
             StoreErrorKind::Rejected
         );
         let remembered = connection.answers(&[("orders", &swallowed.request.id)]).await;
@@ -689,19 +705,72 @@ async fn a_dead_letter_remembers_what_it_answers(fixture: Fixture) {
         reason: "no".to_owned(),
     };
     let one = &letter.write.key;
-    assert!(!connection.is_buried(one, version(5)).await.expect("looks"));
+    assert!(!is_buried(connection, one, 5).await);
     for _ in 0..2 {
         connection.bury(&letter).await.expect("buried");
     }
     assert_eq!(answers(connection, &["id"]).await, [Some(answered_as(&letter))]);
     for (other, number, buried) in [
         (one.clone(), 5, true),
-        (one.clone(), 4, false),
+        // The one that it covers went there with it.
+        (one.clone(), 4, true),
+        (one.clone(), 6, false),
         (key("orders", "b"), 5, false),
+        (key("carts", "a"), 5, false),
     ] {
-        let looked = connection.is_buried(&other, version(number)).await;
-        assert_eq!(looked.expect("looks"), buried, "{number}");
+        assert_eq!(
+            is_buried(connection, &other, number).await,
+            buried,
+            "{other:?} {number}"
+        );
     }
+    // Many at once, each told its own.
+    let keys: Vec<_> = (0..700).map(|n| key("orders", ["a", "b"][n % 2])).collect();
+    let writes: Vec<_> = keys.iter().zip((1..7).cycle().map(version)).collect();
+    let wanted = writes.iter().map(|(key, number)| *key == one && *number <= version(5));
+    let looked = connection.are_buried(&writes).await.expect("looks");
+    assert_eq!(looked, wanted.collect::<Vec<_>>());
+    assert!(
+        connection
+            .are_buried(&[])
+            .await
+            .expect("nothing to look for")
+            .is_empty()
+    );
+}
+
+async fn is_buried(connection: &mut dyn Connection, key: &Key, number: i64) -> bool {
+    let buried = connection.are_buried(&[(key, version(number))]).await;
+    buried.expect("looks")[0]
+}
+
+async fn what_has_expired_is_judged_by_the_time_of_the_try(fixture: Fixture) {
+    let connection = &mut *fixture.connection();
+    let asked_at = now();
+    let mut standing = write("one", 5, Some("v"));
+    standing.entry.expires_at = Some(Timestamp(asked_at + 10_000));
+    commit(connection, vec![standing]).await;
+    let mut first = put("one", 6, "new", Some(Condition::Absent));
+    first.asked_at = Timestamp(asked_at);
+    first.request.ends_at = Timestamp(asked_at + 10_000);
+    let try_at = |millis| Timestamp(asked_at + millis);
+    let tries = [
+        (9_999, conflict(Some(5))),
+        (10_000, applied(entry(6, Some("new")), None)),
+        // Its id is known to it however late the try is.
+        (50_000, Decided::Repeated(answer(6, None))),
+    ];
+    for (millis, wanted) in tries {
+        let decided = connection.decide(std::slice::from_ref(&first), try_at(millis)).await;
+        assert_eq!(decided.expect("decided"), [wanted], "{millis}");
+    }
+    // One that asks after the window is another.
+    let second = Operation {
+        asked_at: try_at(10_001),
+        ..first
+    };
+    let decided = connection.decide(&[second], try_at(50_000)).await;
+    assert_eq!(decided.expect("decided"), [conflict(Some(6))]);
 }
 
 fn answered_as(letter: &DeadLetter) -> Answered {
@@ -793,7 +862,7 @@ async fn a_decision_that_is_cut_off_is_made_once(fixture: Fixture) {
         let number = round as i64 + 1;
         // A row that is there, and one that is not.
         let operations = [add("counter", number, 1), add(&format!("new{round}"), number, 1)];
-        if take_steps(connection.decide(&operations), steps, pause).await {
+        if take_steps(connection.decide(&operations, Timestamp(now())), steps, pause).await {
             ended += 1;
         } else {
             cut_off += 1;
@@ -802,7 +871,7 @@ async fn a_decision_that_is_cut_off_is_made_once(fixture: Fixture) {
         sum += 1;
         // The server may still be about to end the one that was cut off.
         let decided = loop {
-            match connection.decide(&operations).await {
+            match connection.decide(&operations, Timestamp(now())).await {
                 Ok(decided) => break decided,
                 Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }
@@ -832,6 +901,7 @@ contract! {
     of_many_who_want_a_key_to_be_absent_one_wins,
     a_condition_holds_against_plain_commits,
     transactions_that_overlap_in_every_way_come_to_an_end,
+    what_has_expired_is_judged_by_the_time_of_the_try,
     a_rejected_operation_takes_its_whole_transaction_along,
     a_write_that_the_table_swallows_is_rejected,
     a_commit_remembers_what_its_writes_answer,

@@ -2,15 +2,18 @@
 //! try, and finds what became of that.
 
 use sqlx::{Connection as _, PgConnection};
-use tidegate::store::{
-    Backend, StoreErrorKind,
-    operation::{Change, Decided, Operation, Refusal},
-    postgres::{Postgres, Tables},
+use tidegate::{
+    model::Timestamp,
+    store::{
+        Backend, StoreErrorKind,
+        operation::{Change, Decided, Operation, Refusal},
+        postgres::{Postgres, Tables},
+    },
 };
 
 use crate::{
     harness::proxy::Proxy,
-    store_contract::{CALL_TIMEOUT, Fixture, commit, entry, key, kind, load, version, write},
+    store_contract::{CALL_TIMEOUT, Fixture, commit, entry, key, kind, load, now, version, write},
     store_decide::{add, answer, decide, named, operation, put},
 };
 
@@ -54,7 +57,7 @@ impl Rig {
     /// Sends operations, and loses the connection while the server commits. The commit goes on, or is rolled back once `killed`.
     async fn lose_at_commit(&self, operations: Vec<Operation>) {
         let mut connection = self.behind_proxy.connection();
-        let lost = tokio::spawn(async move { connection.decide(&operations).await });
+        let lost = tokio::spawn(async move { connection.decide(&operations, Timestamp(now())).await });
         self.fixture.database.await_waiting(1).await;
         self.proxy.cut();
         assert_eq!(kind(lost.await.expect("ran")), StoreErrorKind::Unknown);
@@ -148,10 +151,16 @@ async fn what_was_claimed_to_wait_leaves_nothing() {
     let connection = &mut *fixture.connection();
     let touch = |name| operation(name, 6, Change::Touch { expires_at: None });
     // Alone, and beside what is applied.
-    let decided = connection.decide(&[touch("a")]).await.expect("decided");
+    let decided = connection
+        .decide(&[touch("a")], Timestamp(now()))
+        .await
+        .expect("decided");
     assert_eq!(decided, [Decided::Refused(Refusal::Absent)]);
     let (touch, put) = (touch("a"), put("b", 5, "v", None));
-    let decided = connection.decide(&[touch, put.clone()]).await.expect("decided");
+    let decided = connection
+        .decide(&[touch, put.clone()], Timestamp(now()))
+        .await
+        .expect("decided");
     assert_eq!(decided, [Decided::Refused(Refusal::Absent), applied(5, "v", None)]);
     let remembered = fixture.texts("select request_id from tidegate_requests").await;
     assert_eq!(remembered, [put.request.id.as_str()]);
@@ -172,7 +181,7 @@ async fn what_is_lost_before_the_commit_is_not_applied_and_known_not_to_be() {
         .expect("locked");
     let counter = add("one", 5, 1);
     let (mut cut_off, operation) = (rig.behind_proxy.connection(), counter.clone());
-    let lost = tokio::spawn(async move { cut_off.decide(&[operation]).await });
+    let lost = tokio::spawn(async move { cut_off.decide(&[operation], Timestamp(now())).await });
     rig.fixture.database.await_waiting(1).await;
     rig.proxy.cut();
     assert_eq!(kind(lost.await.expect("ran")), StoreErrorKind::Unreachable);
@@ -211,7 +220,7 @@ async fn what_is_refused_at_the_commit_itself_is_refused() {
         .await;
     let connection = &mut *fixture.connection();
     let batch = [put("a", 1, "fine", None), put("b", 1, "poison", None)];
-    let refused = connection.decide(&batch).await.expect_err("refused");
+    let refused = connection.decide(&batch, Timestamp(now())).await.expect_err("refused");
     assert_eq!(
         (refused.kind, refused.code.as_deref()),
         (StoreErrorKind::Rejected, Some("P0001"))
@@ -228,7 +237,10 @@ async fn tags_that_no_gateway_wrote_keep_a_record_from_being_touched_and_no_othe
     fixture
         .execute("update tidegate_entries set tags = array['']", "")
         .await;
-    let mended = connection.decide(&[add("one", 5, 1)]).await.expect_err("bad tags");
+    let mended = connection
+        .decide(&[add("one", 5, 1)], Timestamp(now()))
+        .await
+        .expect_err("bad tags");
     assert_eq!(mended.kind, StoreErrorKind::Transient);
     assert!(mended.message.contains("mend the row"), "{mended}");
     assert_eq!(

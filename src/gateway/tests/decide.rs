@@ -179,7 +179,7 @@ async fn a_young_process_asks_the_store_what_an_earlier_one_answered() {
     // Once it is older than the window nothing is left of an earlier one.
     tokio::time::advance(Duration::from_secs(601)).await;
     assert!(write(&rig, named("k", "v", Behind, "two")).await.is_ok());
-    assert_eq!(rig.fake.calls(Call::Answers), 2, "once for each of the first two ids");
+    assert_eq!(rig.fake.calls(Call::Answers), 3, "once for each call of a young process");
 }
 
 #[tokio::test(start_paused = true)]
@@ -213,4 +213,115 @@ async fn a_write_behind_that_is_awaited_says_that_the_store_has_it() {
         .await_persisted(&key("k"), rig.ahead(Duration::from_secs(3600)), deadline)
         .await;
     assert_eq!(never.expect_err("nobody can have").kind(), ErrorKind::TooNew);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_behind_passes_what_a_decision_or_a_wait_has_told_of() {
+    let rig = rig(|_| ());
+    let first = rig.put("refused", "ours", Through).await;
+    for name in ["refused", "awaited", "touched"] {
+        let theirs = rig.ahead(Duration::from_secs(8));
+        rig.put_past(name, "theirs", theirs);
+        let deadline = Instant::now() + PATIENCE;
+        match name {
+            "refused" => {
+                let compared = WriteRequest {
+                    condition: Some(Condition::Version(first)),
+                    mode: None,
+                    ..put(name, "second", Through)
+                };
+                assert_eq!(
+                    write(&rig, compared).await.expect_err("it is another").kind(),
+                    ErrorKind::Conflict
+                );
+            }
+            "awaited" => {
+                let awaited = rig.gateway.await_persisted(&key(name), theirs, deadline).await;
+                assert_eq!(awaited.expect("it is there"), Some(theirs));
+            }
+            _ => {
+                let request = TouchRequest {
+                    key: key(name),
+                    ttl: Some(Duration::from_secs(60)),
+                    request: None,
+                };
+                assert!(rig.gateway.touch(request, deadline).await.expect("it is there").version > theirs);
+            }
+        }
+        let ours = rig.put(name, "ours", Behind).await;
+        assert!(ours > theirs, "{name}");
+        rig.drained().await;
+        assert_eq!(rig.stored(name), some("ours"), "{name}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_try_that_fell_through_and_is_in_doubt_is_not_written_behind_again() {
+    let (rig, stuck) = full(QueueFull::WriteThrough).await;
+    tokio::time::advance(Duration::from_secs(601)).await;
+    // Every answer is lost, until its caller has given up.
+    rig.fake.script(|call| (call == Call::Decide).then(Fault::lose_reply));
+    let lost = write(&rig, named("k", "old", Behind, "one"))
+        .await
+        .expect_err("nobody knows");
+    assert_eq!(lost.outcome(), Outcome::Unknown);
+    rig.fake.script(|_| None);
+    assert_eq!(rig.stored("k"), some("old"), "it was applied");
+    stuck.notify_one();
+    rig.drained().await;
+    rig.put("k", "new", Through).await;
+    let repeated = write(&rig, named("k", "old", Behind, "one"))
+        .await
+        .expect("the store knows");
+    assert!(repeated.deduplicated && repeated.durability == Durability::Store);
+    assert_eq!(
+        (rig.stored("k"), rig.read("k", Cached).await.0),
+        (some("new"), some("new"))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repeat_says_what_its_write_rests_on_by_now() {
+    let rig = rig(|_| ());
+    let stuck = rig.hang(Call::Commit);
+    let first = write(&rig, named("k", "v", Behind, "one")).await.expect("accepted");
+    let repeated = write(&rig, named("k", "v", Behind, "one")).await.expect("known");
+    assert_eq!(
+        (repeated.version, repeated.durability),
+        (first.version, Durability::Memory),
+        "it is pending"
+    );
+    stuck.notify_one();
+    rig.drained().await;
+    let repeated = write(&rig, named("k", "v", Through, "one")).await.expect("known");
+    assert_eq!(
+        (repeated.version, repeated.durability),
+        (first.version, Durability::Store)
+    );
+
+    rig.fake.reject(|write| write.key == key("bad"));
+    let first = write(&rig, named("bad", "v", Behind, "two")).await.expect("accepted");
+    rig.drained().await;
+    rig.fake.reject(|_| false);
+    let again = write(&rig, named("bad", "v", Behind, "two")).await.expect("accepted");
+    assert!(
+        !again.deduplicated && again.version > first.version,
+        "it was not written after all"
+    );
+    rig.drained().await;
+    assert_eq!(rig.stored("bad"), some("v"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn ids_that_the_store_knows_leave_room_for_those_that_it_does_not() {
+    let rig = rig(|setup| setup.requests.remembered_max = one());
+    for id in ["a", "b", "c"] {
+        assert!(write(&rig, named(id, "v", Through, id)).await.is_ok());
+    }
+    assert!(write(&rig, named("k", "v", Behind, "d")).await.is_ok());
+    let refused = write(&rig, named("l", "v", Behind, "e"))
+        .await
+        .expect_err("one is remembered");
+    assert_eq!(refused.kind(), ErrorKind::Overloaded);
+    assert!(write(&rig, named("l", "v", Through, "e")).await.is_ok());
 }

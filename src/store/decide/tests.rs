@@ -83,13 +83,13 @@ fn operations() -> impl Strategy<Value = Operation> {
         acknowledged,
     )
         .prop_map(
-            |(name, number, condition, change, (id, fingerprint, ends_at), now, acknowledged)| Operation {
+            |(name, number, condition, change, (id, fingerprint, ends_at), asked_at, acknowledged)| Operation {
                 key: key(name),
                 version: version(number),
                 condition,
                 change,
                 request: answered((id, fingerprint), ends_at, 1).request,
-                now: Timestamp(now),
+                asked_at: Timestamp(asked_at),
                 acknowledged: acknowledged.map(version),
             },
         )
@@ -116,14 +116,13 @@ struct Model {
 }
 
 impl Model {
-    fn apply(&mut self, operation: &Operation) -> Decided {
-        let now = operation.now;
+    fn apply(&mut self, operation: &Operation, now: Timestamp) -> Decided {
         let name = (
             operation.key.namespace().to_owned(),
             operation.request.id.as_str().to_owned(),
         );
         if let Some(known) = self.known.get(&name)
-            && known.request.ends_at >= now
+            && known.request.ends_at >= operation.asked_at
         {
             if known.request.fingerprint != operation.request.fingerprint {
                 return Decided::Reused;
@@ -170,7 +169,7 @@ impl Model {
     }
 
     /// One transaction, as a backend makes it.
-    fn transact(&mut self, operations: &[Operation]) -> Plan {
+    fn transact(&mut self, operations: &[Operation], now: Timestamp) -> Plan {
         let rows: Vec<Option<Standing>> = wanted(operations)
             .iter()
             .map(|wanted| {
@@ -189,7 +188,7 @@ impl Model {
                 self.known.get(&name).cloned()
             })
             .collect();
-        let plan = decide(operations, &rows, &known, Version::new(self.horizon));
+        let plan = decide(operations, &rows, &known, Version::new(self.horizon), now);
         for Changed { write, seen } in &plan.changed {
             let before = self.rows.get(&write.key).map(|row| row.entry.version);
             assert_eq!(*seen, before, "the guard is what was read");
@@ -274,7 +273,7 @@ proptest! {
 
     #[test]
     fn a_transaction_is_its_operations_one_by_one(
-        transactions in vec(vec(operations(), 0..8), 1..5),
+        transactions in vec((vec(operations(), 0..8), 0..20i64), 1..5),
         standing in [rows(), rows(), rows()],
         known in vec((select(&IDS[..]), 0..2u8, 0..25i64, 1..10i64), 0..3),
         horizon in 0..6i64,
@@ -285,11 +284,11 @@ proptest! {
         });
         let mut model = Model { rows, known: known.collect(), horizon };
         let mut store = model.clone();
-        for operations in transactions {
-            let operations = sorted(operations);
+        for (operations, now) in transactions {
+            let (operations, now) = (sorted(operations), Timestamp(now));
             let before = model.clone();
-            let decided: Vec<Decided> = operations.iter().map(|operation| model.apply(operation)).collect();
-            let plan = store.transact(&operations);
+            let decided: Vec<Decided> = operations.iter().map(|operation| model.apply(operation, now)).collect();
+            let plan = store.transact(&operations, now);
             prop_assert_eq!(&plan.decided, &decided);
             prop_assert_eq!(&store, &model);
             // What is not guarded by a row that is locked or made.
@@ -302,9 +301,9 @@ proptest! {
                 prop_assert_eq!(plan.unguarded.contains(&place), says_no && !has_row);
             }
             // The same again changes nothing of what was applied within its window.
-            let again = store.transact(&operations);
+            let again = store.transact(&operations, now);
             for ((operation, first), second) in operations.iter().zip(&decided).zip(&again.decided) {
-                if let (Decided::Applied { answer, .. }, true) = (first, operation.request.ends_at >= operation.now) {
+                if let (Decided::Applied { answer, .. }, true) = (first, operation.request.ends_at >= operation.asked_at) {
                     let name = ("", operation.request.id.as_str());
                     let once = operations.iter().filter(|one| one.request.id.as_str() == name.1).count() == 1;
                     prop_assert!(!once || *second == Decided::Repeated(*answer), "{:?}", second);
@@ -323,19 +322,19 @@ proptest! {
             condition: None,
             change: Change::Add { delta: *delta, expires_at: None },
             request: Request { id: RequestId::new(&format!("id{number}")).expect("valid"), ..answered(("a", 0), 100, 1).request },
-            now: Timestamp(0),
+            asked_at: Timestamp(0),
             acknowledged: None,
         }).collect();
         let mut left = &additions[..];
         for cut in cuts {
             let (some, rest) = left.split_at(cut.min(left.len()));
-            let plan = store.transact(some);
+            let plan = store.transact(some, Timestamp(0));
             prop_assert!(plan.changed.len() <= 1, "one row, moved once");
             // And whoever tries again counts nothing twice.
-            store.transact(some);
+            store.transact(some, Timestamp(0));
             left = rest;
         }
-        store.transact(left);
+        store.transact(left, Timestamp(0));
         let value = store.rows.get(&key(KEYS[0])).and_then(|row| row.entry.value.clone());
         prop_assert_eq!(value, Some(deltas.iter().sum::<i64>().to_string().into()));
     }
@@ -351,10 +350,10 @@ proptest! {
             condition: Some(Condition::Absent),
             change: Change::Put { value: Bytes::new(), tags: tags(&[]), expires_at: None },
             request: Request { id: RequestId::new(&format!("id{number}")).expect("valid"), ..answered(("a", 0), 100, 1).request },
-            now: Timestamp(10),
+            asked_at: Timestamp(10),
             acknowledged: None,
         }).collect();
-        let decided = store.transact(&puts).decided;
+        let decided = store.transact(&puts, Timestamp(10)).decided;
         let won = decided.iter().filter(|decided| matches!(decided, Decided::Applied { .. })).count();
         prop_assert_eq!(won, usize::from(!live));
     }

@@ -13,7 +13,7 @@ use crate::{
     store::{
         DeadLetter, StoreErrorKind,
         fake::{Call, FakeBackend, Fault, eventually},
-        operation::Change,
+        operation::{Change, Refusal},
         tries::TRIES_MAX,
         watch,
     },
@@ -22,6 +22,7 @@ use crate::{
 struct Rig {
     fake: FakeBackend,
     store: Store,
+    clock: Arc<Clock>,
     decisions: GroupDecide,
     stop: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
@@ -39,12 +40,14 @@ fn rig_over(fake: FakeBackend, store: Store, connections: usize) -> Rig {
         ..Config::default()
     };
     let metrics = StoreMetrics::register(&mut Registry::default());
-    let decisions = GroupDecide::new(store.clone(), &config, metrics);
+    let clock = Arc::new(Clock::new(0, None));
+    let decisions = GroupDecide::new(store.clone(), &config, Arc::clone(&clock), metrics);
     let stop = CancellationToken::new();
     let tasks = decisions.start(&stop);
     Rig {
         fake,
         store,
+        clock,
         decisions,
         stop,
         tasks,
@@ -74,7 +77,7 @@ fn change(name: &str, number: i64, change: Change) -> Operation {
         condition: None,
         change,
         request: request(&format!("{name} {number}")),
-        now: Timestamp(0),
+        asked_at: Timestamp(0),
         acknowledged: None,
     }
 }
@@ -82,6 +85,27 @@ fn change(name: &str, number: i64, change: Change) -> Operation {
 fn add(name: &str, number: i64) -> Operation {
     let expires_at = None;
     change(name, number, Change::Add { delta: 1, expires_at })
+}
+
+fn write(name: &str, number: i64, expires_at: Option<Timestamp>) -> Write {
+    Write {
+        key: key(name),
+        entry: Entry {
+            version: version(number),
+            value: Some("1".into()),
+            expires_at,
+        },
+        tags: Tags::default(),
+        requests: Vec::new(),
+    }
+}
+
+fn letter(name: &str, number: i64) -> DeadLetter {
+    DeadLetter {
+        write: write(name, number, None),
+        code: None,
+        reason: String::new(),
+    }
 }
 
 fn applied(number: i64, count: i64) -> Told {
@@ -174,18 +198,45 @@ async fn an_unknown_outcome_is_settled_by_trying_again() {
     rig.fake.inject(Call::Decide, hang);
     let outcome = rig.decide(add("a", 7));
     eventually(|| rig.fake.calls(Call::Decide) == 7).await;
-    rig.fake.put(Write {
-        key: key("a"),
-        entry: Entry {
-            version: version(8),
-            value: None,
-            expires_at: None,
-        },
-        tags: Tags::default(),
-        requests: Vec::new(),
-    });
+    rig.fake.put(write("a", 8, None));
     release.notify_one();
     assert_eq!(told(outcome).await, Ok(Decided::Outdated { standing: version(8) }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_later_try_goes_by_its_own_time_and_still_knows_its_own_id() {
+    let rig = rig(1);
+    let asked_at = rig.clock.now();
+    let soon = asked_at.after(Duration::from_secs(10));
+    rig.fake.put(write("record", 5, Some(soon)));
+    let touch = Operation {
+        asked_at,
+        ..change("record", 6, Change::Touch { expires_at: None })
+    };
+    let mut counted = Operation {
+        asked_at,
+        ..add("counter", 6)
+    };
+    counted.request.ends_at = soon;
+    for (operation, first_try, wanted) in [
+        // It never arrived, and by the next try there is nothing left to touch.
+        (
+            touch,
+            Fault::fail(StoreErrorKind::Unknown),
+            Decided::Refused(Refusal::Absent),
+        ),
+        // It took effect, within a window that is over by the next try.
+        (counted, Fault::lose_reply(), Decided::Repeated(answer(6, 1))),
+    ] {
+        rig.fake.inject(Call::Decide, first_try);
+        rig.fake.inject(Call::Decide, Fault::fail(StoreErrorKind::Unreachable));
+        let outcome = rig.decide_within(operation, Duration::from_secs(60));
+        eventually(|| rig.store.breaker().is_open()).await;
+        sleep(Duration::from_secs(20)).await;
+        assert!(!outcome.is_finished());
+        rig.store.breaker().succeeded();
+        assert_eq!(told(outcome).await, Ok(wanted));
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -305,7 +356,7 @@ async fn look_ups_are_answered_and_tried_again() {
         rig.fake.inject(Call::Answers, fault.clone());
         let found = rig.decisions.answer_of("orders", &id, deadline).await.expect("found");
         assert_eq!(found.map(|answered| answered.answer), Some(answer(5, 1)));
-        rig.fake.inject(Call::IsBuried, fault);
+        rig.fake.inject(Call::AreBuried, fault);
         let buried = rig.decisions.is_buried(&key("a"), version(5), deadline).await;
         assert!(!buried.expect("looked up"));
     }
@@ -313,32 +364,46 @@ async fn look_ups_are_answered_and_tried_again() {
         rig.decisions.answer_of("carts", &id, deadline).await.expect("found"),
         None
     );
-    let letter = DeadLetter {
-        write: Write {
-            key: key("a"),
-            entry: Entry {
-                version: version(5),
-                value: None,
-                expires_at: None,
-            },
-            tags: Tags::default(),
-            requests: Vec::new(),
-        },
-        code: None,
-        reason: String::new(),
+    rig.store.session().bury(&letter("a", 5)).await.expect("buried");
+    // What it covers went there with it.
+    for (name, number, wanted) in [("a", 5, true), ("a", 4, true), ("a", 6, false), ("b", 5, false)] {
+        let buried = rig.decisions.is_buried(&key(name), version(number), deadline).await;
+        assert_eq!(buried.expect("looked up"), wanted, "{name} {number}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn look_ups_of_a_batch_are_one_query_of_each_kind() {
+    let rig = rig(1);
+    told(rig.decide(add("a", 5))).await.expect("decided");
+    rig.store.session().bury(&letter("a", 5)).await.expect("buried");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (hang, release) = Fault::hang();
+    rig.fake.inject(Call::AreBuried, hang);
+    let is_buried = |name: &str, number| {
+        let (decisions, key) = (rig.decisions.clone(), key(name));
+        tokio::spawn(async move { decisions.is_buried(&key, version(number), deadline).await })
     };
-    rig.store.session().bury(&letter).await.expect("buried");
-    assert!(
-        rig.decisions
-            .is_buried(&key("a"), version(5), deadline)
-            .await
-            .expect("looked up")
-    );
-    assert!(
-        !rig.decisions
-            .is_buried(&key("a"), version(6), deadline)
-            .await
-            .expect("looked up")
+    let first = is_buried("a", 5);
+    eventually(|| rig.fake.calls(Call::AreBuried) == 1).await;
+    let (mut buried, mut answers) = (vec![(first, true)], Vec::new());
+    for (name, number, is_there) in [("a", 6, false), ("b", 5, false), ("a", 4, true), ("a", 5, true)] {
+        buried.push((is_buried(name, number), is_there));
+        let (decisions, id) = (rig.decisions.clone(), request(&format!("{name} {number}")).id);
+        let answer = tokio::spawn(async move { decisions.answer_of("orders", &id, deadline).await });
+        answers.push((answer, (name, number) == ("a", 5)));
+    }
+    yield_now().await;
+    release.notify_one();
+    for (told, wanted) in buried {
+        assert_eq!(told.await.expect("no panic").expect("looked up"), wanted);
+    }
+    for (told, wanted) in answers {
+        assert_eq!(told.await.expect("no panic").expect("found").is_some(), wanted);
+    }
+    assert_eq!(
+        [Call::AreBuried, Call::Answers].map(|call| rig.fake.calls(call)),
+        [2, 1]
     );
 }
 

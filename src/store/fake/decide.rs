@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::{Row, State};
 use crate::{
-    model::{Answered, RequestId, Write},
+    model::{Answered, RequestId, Timestamp, Write},
     store::{
         StoreError, StoreErrorKind,
         decide::{Standing, decide, wanted},
@@ -20,7 +20,7 @@ pub(super) type Requests = HashMap<(String, RequestId), Answered>;
 
 impl State {
     /// Decides operations and applies those that can be: all, or none when one of them writes poison.
-    pub(super) fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+    pub(super) fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
         let rows: Vec<Option<Standing>> = wanted(operations)
             .iter()
             .map(|wanted| self.rows.get(wanted.key).map(Row::standing))
@@ -29,7 +29,7 @@ impl State {
             .iter()
             .map(|operation| self.answer_of(operation.key.namespace(), &operation.request.id))
             .collect();
-        let plan = decide(operations, &rows, &known, self.horizon);
+        let plan = decide(operations, &rows, &known, self.horizon, now);
         let writes: Vec<Write> = plan.changed.into_iter().map(|changed| changed.write).collect();
         if writes.iter().any(|write| (self.reject)(write)) {
             return Err(StoreError::new(StoreErrorKind::Rejected, "scripted refusal"));

@@ -26,7 +26,7 @@ use crate::{
             failure::Failure,
             keys, requests,
             statements::{
-                BURY, BURY_AND_REMEMBER, HORIZON, IS_BURIED, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE,
+                ARE_BURIED, BURY, BURY_AND_REMEMBER, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE,
                 STANDING, UPSERT, UPSERT_AND_REMEMBER,
             },
             time::WireTime,
@@ -190,12 +190,12 @@ impl Connection for PostgresConnection {
     }
 
     /// A session that ended while it waited for this call is no reason to fail it: nothing was applied, so it is dialled anew, once.
-    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+    async fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
         let mut session = self.take().await?;
-        let mut result = decide::decide(&mut session, operations).await;
+        let mut result = decide::decide(&mut session, operations, now).await;
         if matches!(&result, Err(failure) if failure.ends_session && failure.error.kind == StoreErrorKind::Transient) {
             session = self.dialler.session().await?;
-            result = decide::decide(&mut session, operations).await;
+            result = decide::decide(&mut session, operations, now).await;
         }
         self.settle(session, result)
     }
@@ -230,9 +230,9 @@ impl Connection for PostgresConnection {
         self.settle(session, result)
     }
 
-    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
+    async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
         let mut session = self.take().await?;
-        let result = is_buried(&mut session, key, version).await;
+        let result = are_buried(&mut session, writes).await;
         self.settle(session, result)
     }
 
@@ -391,15 +391,23 @@ async fn bury(session: &mut PgConnection, letter: &DeadLetter) -> Result<(), Fai
     Ok(())
 }
 
-async fn is_buried(session: &mut PgConnection, key: &Key, version: Version) -> Result<bool, Failure> {
-    let rows = sqlx::query(IS_BURIED)
-        .bind(key.namespace())
-        .bind(key.key())
-        .bind(version.get())
+async fn are_buried(session: &mut PgConnection, writes: &[(&Key, Version)]) -> Result<Vec<bool>, Failure> {
+    let mut buried = vec![false; writes.len()];
+    if writes.is_empty() {
+        return Ok(buried);
+    }
+    let rows = sqlx::query(ARE_BURIED)
+        .bind(writes.iter().map(|(key, _)| key.namespace()).bind_iter())
+        .bind(writes.iter().map(|(key, _)| key.key()).bind_iter())
+        .bind(writes.iter().map(|(_, version)| version.get()).bind_iter())
         .fetch_all(session)
         .await?;
-    let row = rows.first();
-    Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or_default())
+    for row in rows {
+        if let Some(slot) = slot(&mut buried, &row)? {
+            *slot = row.try_get(1)?;
+        }
+    }
+    Ok(buried)
 }
 
 async fn lease_node(session: &mut PgConnection, claimant: &Claimant) -> Result<NodeGrant, Failure> {

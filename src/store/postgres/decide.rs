@@ -57,13 +57,17 @@ enum Attempt {
     Overtaken,
 }
 
-pub(super) async fn decide(session: &mut PgConnection, operations: &[Operation]) -> Result<Vec<Decided>, Failure> {
+pub(super) async fn decide(
+    session: &mut PgConnection,
+    operations: &[Operation],
+    now: Timestamp,
+) -> Result<Vec<Decided>, Failure> {
     if operations.is_empty() {
         return Ok(Vec::new());
     }
     for _ in 0..TRANSACTIONS_MAX {
         let mut transaction = session.begin().await.map_err(before_commit)?;
-        let attempt = attempt(&mut transaction, operations).await;
+        let attempt = attempt(&mut transaction, operations, now).await;
         match attempt.map_err(Failure::before_effect) {
             Ok(Attempt::Written(decided)) => {
                 transaction.commit().await.map_err(at_commit)?;
@@ -96,7 +100,7 @@ fn at_commit(error: sqlx::Error) -> Failure {
     }
 }
 
-async fn attempt(session: &mut PgConnection, operations: &[Operation]) -> Result<Attempt, Failure> {
+async fn attempt(session: &mut PgConnection, operations: &[Operation], now: Timestamp) -> Result<Attempt, Failure> {
     let rows = lock(session, &wanted(operations)).await?;
     // A statement of its own, after the locks: it sees whatever they were waited for.
     let names: Vec<(&str, &RequestId)> = operations
@@ -106,7 +110,7 @@ async fn attempt(session: &mut PgConnection, operations: &[Operation]) -> Result
     let (known, horizon) = answers_and_horizon(session, &names).await?;
     #[cfg(feature = "planted-faults")]
     let known = planted::or_unknown(known);
-    let plan = plan(operations, &rows, &known, horizon);
+    let plan = plan(operations, &rows, &known, horizon, now);
     #[cfg(feature = "planted-faults")]
     let plan = planted::or_forgotten(plan);
 
@@ -235,6 +239,6 @@ fn is_all(written: i64, wanted: usize) -> bool {
 
 /// By which a window is over, for ids that were read as unknown: one that is over for an operation is over by then.
 fn latest(operations: &[Operation]) -> Timestamp {
-    let now = operations.iter().map(|operation| operation.now).max();
-    now.unwrap_or(Timestamp(i64::MIN))
+    let asked_at = operations.iter().map(|operation| operation.asked_at).max();
+    asked_at.unwrap_or(Timestamp(i64::MIN))
 }

@@ -225,9 +225,12 @@ pub(super) const WRITE_DECIDED: &str = concat!(
     " select (select count(*) from updated), (select count(*) from inserted), (select count(*) from remembered)"
 );
 
-/// Whether a dead letter is kept.
-pub(super) const IS_BURIED: &str = "
-    select exists (select from tidegate_dead_letters where namespace = $1 and key = $2 and version = $3)";
+/// Whether dead letters are kept of keys, from a version on, each with its place in the question. A row for each question.
+pub(super) const ARE_BURIED: &str = "
+    select wanted.position,
+           exists (select from tidegate_dead_letters letter
+                    where letter.namespace = wanted.namespace and letter.key = wanted.key and letter.version >= wanted.version)
+      from unnest($1::text[], $2::text[], $3::bigint[]) with ordinality as wanted (namespace, key, version, position)";
 
 /// A row under a key that no other session probes with.
 pub(super) const PROBE: &str = "

@@ -26,7 +26,7 @@ use crate::{
             failure::Failure,
             keys, requests,
             statements::{
-                BURY, COLLECT, HORIZON, IS_BURIED, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, REMEMBER,
+                ARE_BURIED, BURY, COLLECT, HORIZON, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, REMEMBER,
                 RENEW_NODE, STANDING, UPSERT, pieces,
             },
         },
@@ -218,9 +218,9 @@ impl Connection for SharedConnection {
         settle(&mut self.reader, reader, result)
     }
 
-    async fn decide(&mut self, operations: &[Operation]) -> Result<Vec<Decided>, StoreError> {
+    async fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
         let (mut slot, mut writer) = self.file.take_writer().await?;
-        let result = decide::decide(&mut writer, operations).await;
+        let result = decide::decide(&mut writer, operations, now).await;
         settle(&mut slot, writer, result)
     }
 
@@ -254,9 +254,9 @@ impl Connection for SharedConnection {
         settle(&mut self.reader, reader, result)
     }
 
-    async fn is_buried(&mut self, key: &Key, version: Version) -> Result<bool, StoreError> {
+    async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
         let mut reader = self.take_reader().await?;
-        let result = is_buried(&mut reader, key, version).await;
+        let result = are_buried(&mut reader, writes).await;
         settle(&mut self.reader, reader, result)
     }
 
@@ -422,14 +422,20 @@ async fn insert_letter(writer: &mut SqliteConnection, letter: &DeadLetter) -> Re
     Ok(())
 }
 
-async fn is_buried(reader: &mut SqliteConnection, key: &Key, version: Version) -> Result<bool, Failure> {
-    let row = sqlx::query(IS_BURIED)
-        .bind(key.namespace())
-        .bind(key.key())
-        .bind(version.get())
-        .fetch_one(reader)
-        .await?;
-    Ok(row.try_get(0)?)
+async fn are_buried(reader: &mut SqliteConnection, writes: &[(&Key, Version)]) -> Result<Vec<bool>, Failure> {
+    let mut buried = vec![false; writes.len()];
+    for (offset, piece, statement) in pieces(&ARE_BURIED, writes) {
+        let mut query = sqlx::query(AssertSqlSafe(statement));
+        for (key, version) in piece {
+            query = query.bind(key.namespace()).bind(key.key()).bind(version.get());
+        }
+        for row in query.fetch_all(&mut *reader).await? {
+            if let Some(slot) = slot(&mut buried[offset..], &row)? {
+                *slot = row.try_get(1)?;
+            }
+        }
+    }
+    Ok(buried)
 }
 
 async fn lease_node(writer: &mut SqliteConnection, claimant: &Claimant) -> Result<NodeGrant, Failure> {

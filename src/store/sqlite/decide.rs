@@ -23,7 +23,11 @@ use crate::{
     },
 };
 
-pub(super) async fn decide(writer: &mut SqliteConnection, operations: &[Operation]) -> Result<Vec<Decided>, Failure> {
+pub(super) async fn decide(
+    writer: &mut SqliteConnection,
+    operations: &[Operation],
+    now: Timestamp,
+) -> Result<Vec<Decided>, Failure> {
     if operations.is_empty() {
         return Ok(Vec::new());
     }
@@ -31,7 +35,7 @@ pub(super) async fn decide(writer: &mut SqliteConnection, operations: &[Operatio
         .begin_with("begin immediate")
         .await
         .map_err(|error| before_commit(error.into()))?;
-    match attempt(&mut transaction, operations).await {
+    match attempt(&mut transaction, operations, now).await {
         Ok(decided) => {
             transaction.commit().await?;
             Ok(decided)
@@ -56,7 +60,11 @@ fn before_commit(mut failure: Failure) -> Failure {
     failure
 }
 
-async fn attempt(writer: &mut SqliteConnection, operations: &[Operation]) -> Result<Vec<Decided>, Failure> {
+async fn attempt(
+    writer: &mut SqliteConnection,
+    operations: &[Operation],
+    now: Timestamp,
+) -> Result<Vec<Decided>, Failure> {
     let rows = find(writer, &wanted(operations)).await?;
     let names: Vec<(&str, &RequestId)> = operations
         .iter()
@@ -64,7 +72,7 @@ async fn attempt(writer: &mut SqliteConnection, operations: &[Operation]) -> Res
         .collect();
     let known = answers(writer, &names).await?;
     let horizon = horizon(writer).await?;
-    let plan = plan(operations, &rows, &known, horizon);
+    let plan = plan(operations, &rows, &known, horizon, now);
 
     let writes: Vec<Write> = plan.changed.into_iter().map(|changed| changed.write).collect();
     let mut verdict = Verdict::new(&writes);

@@ -155,10 +155,6 @@ pub(super) const FORGET_REQUESTS: &str = concat!(
     " - 60000 order by ends_at limit ?1)"
 );
 
-/// Whether a dead letter is kept.
-pub(super) const IS_BURIED: &str =
-    "select exists (select 1 from tidegate_dead_letters where namespace = ?1 and key = ?2 and version = ?3)";
-
 /// A statement in each of the sizes of [`ROWS`].
 pub(super) type Sized = [Arc<str>; ROWS.len()];
 
@@ -221,6 +217,19 @@ pub(super) static ANSWERS: LazyLock<Sized> = LazyLock::new(|| {
         |place| format!("({place},?,?)"),
         ") select wanted.position, r.fingerprint, r.version, r.counter, r.expires_at, r.ends_at from wanted
              cross join tidegate_requests r on r.namespace = wanted.namespace and r.request_id = wanted.id",
+    )
+});
+
+/// Whether dead letters are kept of keys, from a version on. A row for each question.
+pub(super) static ARE_BURIED: LazyLock<Sized> = LazyLock::new(|| {
+    sized(
+        "with wanted (position, namespace, key, version) as (values ",
+        |place| format!("({place},?,?,?)"),
+        ") select wanted.position,
+                  exists (select 1 from tidegate_dead_letters letter
+                           where letter.namespace = wanted.namespace and letter.key = wanted.key
+                             and letter.version >= wanted.version)
+             from wanted",
     )
 });
 
