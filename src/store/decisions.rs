@@ -14,7 +14,10 @@
 //! | `Rejected`, several operations | tried again in halves | the same |
 //! | `Rejected`, alone, a harmless row is not | Rejected, not applied | Rejected, unknown |
 //! | `Rejected`, alone, so is a harmless row | Unavailable, not applied | Unavailable, unknown |
-//! | `Transient` | a few more tries, then Unavailable, not applied | tried again until its deadline |
+//! | another session holds a row, several rows | tried again in halves | the same |
+//! | another session holds a row, alone | set aside, and tried again until its deadline, then Unavailable, not applied | the same, Unavailable, unknown |
+//! | so many are set aside | Overloaded, not applied | Overloaded, unknown |
+//! | else `Transient` | a few more tries, then Unavailable, not applied | tried again until its deadline |
 //! | `Unreachable`, or the breaker is open | Unavailable, not applied, at once | tried again, once it has closed, until its deadline |
 //! | `Unknown` | open | tried again until its deadline |
 //! | none before its deadline | Timeout, not applied | Timeout, unknown |
@@ -180,6 +183,7 @@ impl Callers for Operations {
 
     const REFUSED: &str = "the store takes no writes at present";
     const PATH: Option<CommitPath> = Some(CommitPath::Decided);
+    const WAITS_ASIDE: bool = true;
 
     fn gather(mut callers: Vec<Caller>) -> Operations {
         callers.sort_by(|a, b| (&a.question.key, a.question.version).cmp(&(&b.question.key, b.question.version)));
@@ -192,6 +196,35 @@ impl Callers for Operations {
 
     fn split_off_half(&mut self) -> Operations {
         Operations(self.0.split_off(self.0.len() / 2))
+    }
+
+    fn split_off_records(&mut self) -> Option<Operations> {
+        // The beginning of a record in the second half, or else the last one's.
+        let middle = self.0.get(self.0.len() / 2)?.question.key.clone();
+        let mut cut = self.0.partition_point(|caller| caller.question.key < middle);
+        if cut == 0 {
+            cut = self.0.partition_point(|caller| caller.question.key <= middle);
+        }
+        (cut < self.0.len()).then(|| Operations(self.0.split_off(cut)))
+    }
+
+    fn alike(&self, others: &mut Operations) -> Operations {
+        let Some(first) = self.0.first() else {
+            return Operations(Vec::new());
+        };
+        let key = &first.question.key;
+        let begin = others.0.partition_point(|caller| caller.question.key < *key);
+        let end = others.0.partition_point(|caller| caller.question.key <= *key);
+        Operations(others.0.drain(begin..end).collect())
+    }
+
+    fn join(&mut self, others: Operations) {
+        let callers = std::mem::take(&mut self.0);
+        *self = Operations::gather(callers.into_iter().chain(others.0).collect());
+    }
+
+    fn weight(operation: &Operation) -> usize {
+        operation.weight()
     }
 
     async fn send(&self, session: &mut Session, clock: &Arc<Clock>) -> Result<Vec<Decided>, StoreError> {

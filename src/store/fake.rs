@@ -217,6 +217,8 @@ struct State {
     queued: HashMap<Call, VecDeque<Fault>>,
     script: Script,
     reject: Reject,
+    /// The key whose row another session holds, for decisions.
+    held: Option<Key>,
     calls: HashMap<Call, usize>,
     commits: Vec<Batch>,
     loads: Vec<Vec<Key>>,
@@ -252,6 +254,7 @@ impl Default for FakeBackend {
             queued: HashMap::new(),
             script: Box::new(|_| None),
             reject: Box::new(|_| false),
+            held: None,
             calls: HashMap::new(),
             commits: Vec::new(),
             loads: Vec::new(),
@@ -293,6 +296,11 @@ impl FakeBackend {
     /// Which writes are poison: a commit that holds one is `Rejected`.
     pub fn reject(&self, reject: impl Fn(&Write) -> bool + Send + 'static) {
         self.state.lock().reject = Box::new(reject);
+    }
+
+    /// Another session holds the row of a key: a decision that wants it waits in vain.
+    pub fn hold(&self, key: Option<Key>) {
+        self.state.lock().held = key;
     }
 
     /// How many connections can commit at once with profit. 64 unless set.

@@ -26,7 +26,7 @@ use crate::{
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// When a caller should come back after it found the line full: a few batches later.
-const RETRY_AFTER_FULL: Duration = Duration::from_millis(100);
+pub(super) const RETRY_AFTER_FULL: Duration = Duration::from_millis(100);
 
 /// The bounds of a [`Gatherer`].
 #[derive(Debug, Clone, Copy)]
@@ -88,6 +88,11 @@ impl<Q, R> Gatherer<Q, R> {
             bounds,
             taken,
         }
+    }
+
+    /// The bounds it keeps.
+    pub(super) fn bounds(&self) -> Bounds {
+        self.bounds
     }
 
     /// Asks, and waits for the answer: until the deadline, and where answering has effects, for as long as the worker that took the

@@ -9,6 +9,7 @@
 //! store can decide), [`load`] (misses share queries), [`ranges`] (scans), [`watch`] (whether the
 //! store answers), [`control`] (what all gateways of a store share), [`node`] (the lease of a node id), [`collect`] (old tombstones), then the backends.
 
+mod aside;
 pub mod breaker;
 pub mod collect;
 pub mod commit;
@@ -80,6 +81,9 @@ pub enum StoreErrorKind {
     Rejected,
 }
 
+/// The SQLSTATE of a wait for a lock that took too long.
+pub(crate) const LOCK_NOT_AVAILABLE: &str = "55P03";
+
 /// A failure of the store. Its text holds no row and no credential.
 #[derive(Debug, Clone)]
 pub struct StoreError {
@@ -99,6 +103,13 @@ impl StoreError {
             code: None,
             message: message.into(),
         }
+    }
+}
+
+impl StoreError {
+    /// Whether another session held what the call needed for longer than the call may wait: PostgreSQL's `lock_not_available`. Nothing was applied.
+    pub(crate) fn is_held(&self) -> bool {
+        self.kind == StoreErrorKind::Transient && self.code.as_deref() == Some(LOCK_NOT_AVAILABLE)
     }
 }
 

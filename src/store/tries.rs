@@ -1,13 +1,20 @@
 //! Callers that wait for the store, and the tries of what they share.
 //!
 //! Owns the loop: take a batch, try it, and try again what is worth it, until each caller is answered. Does not own what is tried, nor what its
-//! results mean ([`Callers`]), nor the waiting line ([`super::gather`]). Invariants: each caller is answered once, or is gone; none is told "not
-//! applied" once a try that held its question has ended without a word, unless what is tried knows better.
+//! results mean ([`Callers`]), nor the waiting line ([`super::gather`]), nor who waits for a record that is held ([`super::aside`]). Invariants: each caller
+//! is answered once, or is gone; none is told "not applied" once a try that held its question has ended without a word, unless what is tried knows
+//! better.
+//!
+//! A record that another session holds must not stop those who want others. So a try waits for it a moment only; then its batch is divided until those
+//! who want that record are alone, and these wait aside. Between two batches one such group is tried, and so takes a moment of the worker's time.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -15,6 +22,7 @@ use crate::{
     error::{Error, ErrorKind},
     store::{
         Session, Store, StoreError, StoreErrorKind,
+        aside::Aside,
         gather::{Answer, Gatherer, RETRY_AFTER, out_of_time, shutting_down, store_down},
     },
     telemetry::{CommitLabels, CommitPath, StoreMetrics},
@@ -91,6 +99,9 @@ pub(super) trait Callers: Sized + Send + Sync + 'static {
     /// Under which label their tries are measured, if they are.
     const PATH: Option<CommitPath>;
 
+    /// Whether who wants a record that another session of the store holds waits for it aside.
+    const WAITS_ASIDE: bool = false;
+
     /// Callers as a statement wants them.
     fn gather(callers: Vec<Caller<Self::Question, Self::Result>>) -> Self;
 
@@ -99,6 +110,24 @@ pub(super) trait Callers: Sized + Send + Sync + 'static {
 
     /// Cuts off the second half of them.
     fn split_off_half(&mut self) -> Self;
+
+    /// Cuts off those who want the second half of the records. `None`: they all want one.
+    fn split_off_records(&mut self) -> Option<Self> {
+        None
+    }
+
+    /// Takes those from others who want the record that these want.
+    fn alike(&self, _others: &mut Self) -> Self {
+        Self::gather(Vec::new())
+    }
+
+    /// Lets others be tried with these.
+    fn join(&mut self, _others: Self) {}
+
+    /// What a question weighs in a batch, in bytes.
+    fn weight(_question: &Self::Question) -> usize {
+        0
+    }
 
     /// One try for all of them.
     fn send(
@@ -161,18 +190,34 @@ impl<C: Callers> Worker<C> {
     }
 
     async fn run(mut self) {
-        while let Some(Some(batch)) = self.stop.run_until_cancelled(self.line.take()).await {
-            // What is left to settle, each in statements of its own.
-            let mut left = vec![C::gather(batch.into_iter().map(Caller::new).collect())];
-            while let Some(callers) = left.pop() {
-                left.extend(self.serve(callers).await);
+        let mut aside = Aside::new(self.line.bounds());
+        while let Some(Some(batch)) = self.stop.run_until_cancelled(next::<C>(&self.line, aside.due())).await {
+            let mut callers = C::gather(batch.into_iter().map(Caller::new).collect());
+            aside.claim(&mut callers);
+            self.settle(callers, &mut aside).await;
+            // One, so that a batch waits for one at most.
+            if let Some(callers) = aside.take_due() {
+                if let Some(metrics) = &self.metrics {
+                    metrics.retries.inc();
+                }
+                self.settle(callers, &mut aside).await;
             }
         }
+        aside.fail_all(shutting_down);
         self.line.close();
     }
 
-    /// Tries until each caller is answered, or must go on in other statements, which are returned.
-    async fn serve(&mut self, mut callers: C) -> Vec<C> {
+    /// Tries until each caller is answered, or waits aside.
+    async fn settle(&mut self, callers: C, aside: &mut Aside<C>) {
+        // What is left to settle, each in statements of its own.
+        let mut left = vec![callers];
+        while let Some(callers) = left.pop() {
+            left.extend(self.serve(callers, aside).await);
+        }
+    }
+
+    /// Tries until each caller is answered, or waits aside, or must go on in other statements, which are returned.
+    async fn serve(&mut self, mut callers: C, aside: &mut Aside<C>) -> Vec<C> {
         let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_MAX);
         let mut tries = 0;
         loop {
@@ -190,6 +235,16 @@ impl<C: Callers> Worker<C> {
                         return Vec::new();
                     }
                     Err(error) if error.kind == StoreErrorKind::Rejected => return self.divide(callers, error).await,
+                    Err(error) if C::WAITS_ASIDE && error.is_held() => {
+                        return match callers.split_off_records() {
+                            Some(second) => vec![second, callers],
+                            None => {
+                                tracing::debug!(%error, "another session of the store holds a record that is wanted");
+                                aside.add(callers);
+                                Vec::new()
+                            }
+                        };
+                    }
                     Err(error) => absorb(&mut callers, &error, tries),
                 }
             }
@@ -256,6 +311,18 @@ impl<C: Callers> Worker<C> {
         if slept.is_none() {
             callers.fail_if(|_, _| Some(shutting_down()));
         }
+    }
+}
+
+/// The next batch: an empty one when somebody who waits aside is due first. `None`: the line is closed. Cancel-safe, as [`Gatherer::take`] is.
+async fn next<C: Callers>(line: &Line<C>, due: Option<Instant>) -> Option<Vec<(Ask<C::Question>, Answer<C::Result>)>> {
+    let Some(due) = due else {
+        return line.take().await;
+    };
+    tokio::select! {
+        biased;
+        batch = line.take() => batch,
+        () = sleep_until(due) => Some(Vec::new()),
     }
 }
 

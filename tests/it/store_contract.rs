@@ -29,7 +29,7 @@ use sqlx::{Connection as _, PgConnection, SqliteConnection};
 use tidegate::{
     model::{Entry, Key, Tags, Timestamp, Version, Write},
     store::{
-        Backend, Claimant, Committed, Connection, DeadLetter, StoreError, StoreErrorKind,
+        Backend, Claimant, Committed, Connection, DeadLetter, Store, StoreError, StoreErrorKind,
         postgres::{Postgres, Tables},
         sqlite::Sqlite,
     },
@@ -74,6 +74,11 @@ impl Fixture {
             backend: Arc::new(backend),
             database,
         }
+    }
+
+    /// It as a gateway has it, with a breaker of its own.
+    pub fn store(&self) -> Store {
+        Store::new(Arc::clone(&self.backend), Arc::default(), CALL_TIMEOUT)
     }
 
     pub fn connection(&self) -> Box<dyn Connection> {

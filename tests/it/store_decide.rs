@@ -13,16 +13,23 @@ use std::{
 };
 
 use bytes::Bytes;
+use prometheus_client::registry::Registry;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tidegate::{
+    clock::Clock,
+    error::{ErrorKind, Outcome},
     model::{
         Answer, Answered, Condition, Entry, Fingerprint, Key, KeyedAnswer, Request, RequestId, Tags, Timestamp, Version,
     },
     store::{
-        Committed, Connection, DeadLetter, StoreErrorKind,
+        Committed, Config, Connection, DeadLetter, StoreError, StoreErrorKind,
+        decisions::GroupDecide,
         operation::{Change, Decided, Operation, Refusal},
     },
+    telemetry::StoreMetrics,
 };
-use tokio::time::Instant;
+use tokio::{task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{Fixture, commit, contract, entry, key, kind, load, now, take_steps, version, write};
 
@@ -79,11 +86,23 @@ pub fn named(id: &str, operation: Operation) -> Operation {
 }
 
 pub async fn decide(connection: &mut dyn Connection, operation: Operation) -> Decided {
-    let decided = connection
-        .decide(&[operation], Timestamp(now()))
+    let decided = decide_patiently(connection, &[operation])
         .await
         .expect("the store decides");
     decided.into_iter().next().expect("one for each operation")
+}
+
+/// Decides, again for as long as somebody else holds what is wanted.
+pub async fn decide_patiently(
+    connection: &mut dyn Connection,
+    operations: &[Operation],
+) -> Result<Vec<Decided>, StoreError> {
+    loop {
+        match connection.decide(operations, Timestamp(now())).await {
+            Err(error) if error.code.as_deref() == Some("55P03") => {}
+            decided => return decided,
+        }
+    }
 }
 
 /// The same, tried again while the store refuses for a reason that passes: a deadlock, in which this one was the victim.
@@ -888,6 +907,113 @@ async fn a_decision_that_is_cut_off_is_made_once(fixture: Fixture) {
     assert!(cut_off >= 10 && ended >= 10, "{cut_off} cut off, {ended} ended");
     let standing = load(&mut *connection, &key("orders", "counter")).await;
     assert_eq!(standing.and_then(|entry| entry.value), Some(sum.to_string().into()));
+}
+
+/// The path of operations of a gateway over a PostgreSQL, and another session that holds rows of it.
+struct Held {
+    fixture: Fixture,
+    decisions: GroupDecide,
+    stop: CancellationToken,
+    tasks: Vec<JoinHandle<()>>,
+    holder: PgConnection,
+}
+
+impl Held {
+    /// Counters at 0, of which some are held.
+    async fn start(counters: &[String], held: &str) -> Held {
+        let fixture = Fixture::postgres().await;
+        let zeroes = counters.iter().map(|name| write(name, 1, Some("0"))).collect();
+        commit(&mut *fixture.connection(), zeroes).await;
+        let metrics = StoreMetrics::register(&mut Registry::default());
+        let clock = Arc::new(Clock::new(1, None));
+        let decisions = GroupDecide::new(fixture.store(), &Config::default(), clock, metrics);
+        let stop = CancellationToken::new();
+        let tasks = decisions.start(&stop);
+        let mut holder = PgConnection::connect(fixture.database.url()).await.expect("connects");
+        let hold = format!("begin; select from tidegate_entries where key ~ '{held}' for update");
+        sqlx::raw_sql(AssertSqlSafe(hold))
+            .execute(&mut holder)
+            .await
+            .expect("locked");
+        Held {
+            fixture,
+            decisions,
+            stop,
+            tasks,
+            holder,
+        }
+    }
+
+    /// Increments a counter, stamped above whatever stands.
+    fn count(&self, name: &str, within: Duration) -> JoinHandle<Result<(), (ErrorKind, Outcome)>> {
+        let (decisions, mut operation) = (self.decisions.clone(), add(name, 2, 1));
+        let deadline = Instant::now() + within;
+        tokio::spawn(async move {
+            loop {
+                match decisions.decide(operation.clone(), deadline).await {
+                    Ok(Decided::Outdated { standing }) => operation.version = version(standing.get() + 1),
+                    Ok(Decided::Applied { .. }) => return Ok(()),
+                    Ok(other) => panic!("{other:?}"),
+                    Err(error) => return Err((error.kind(), error.outcome())),
+                }
+            }
+        })
+    }
+
+    async fn assert_counted(&self, name: &str, count: i64) {
+        let found = load(&mut *self.fixture.connection(), &key("orders", name)).await;
+        let value = found.and_then(|entry| entry.value);
+        assert_eq!(value, Some(count.to_string().into()), "{name}");
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        for task in self.tasks {
+            task.await.expect("no panic");
+        }
+    }
+}
+
+/// Somebody else holds two rows for three seconds: who wants these waits, and nobody else does.
+#[tokio::test]
+async fn a_row_that_is_held_stops_nobody_who_wants_another() {
+    let others: Vec<String> = (0..20).map(|n| format!("other{n:02}")).collect();
+    let names: Vec<String> = others.iter().cloned().chain(["held".into(), "z-held".into()]).collect();
+    let mut held = Held::start(&names, "held").await;
+    let begun = Instant::now();
+    let patient = Duration::from_secs(60);
+    let waiting: Vec<_> = (0..6).map(|n| held.count(["held", "z-held"][n % 2], patient)).collect();
+    let late: Vec<_> = (0..3).map(|_| held.count("held", Duration::from_secs(2))).collect();
+    let mut rounds = 0;
+    while begun.elapsed() < Duration::from_secs(3) {
+        let counts: Vec<_> = others
+            .iter()
+            .map(|name| held.count(name, Duration::from_secs(2)))
+            .collect();
+        for (name, count) in others.iter().zip(counts) {
+            assert_eq!(count.await.expect("no panic"), Ok(()), "{name} in round {rounds}");
+        }
+        rounds += 1;
+    }
+    for count in late {
+        let told = count.await.expect("no panic");
+        assert_eq!(told, Err((ErrorKind::Unavailable, Outcome::NotApplied)));
+    }
+    assert!(waiting.iter().all(|count| !count.is_finished()));
+    sqlx::raw_sql("rollback")
+        .execute(&mut held.holder)
+        .await
+        .expect("released");
+    for count in waiting {
+        assert_eq!(count.await.expect("no panic"), Ok(()));
+    }
+    for name in &others {
+        held.assert_counted(name, rounds).await;
+    }
+    for name in ["held", "z-held"] {
+        held.assert_counted(name, 3).await;
+    }
+    held.end().await;
 }
 
 contract! {

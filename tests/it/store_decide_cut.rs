@@ -14,7 +14,7 @@ use tidegate::{
 use crate::{
     harness::proxy::Proxy,
     store_contract::{CALL_TIMEOUT, Fixture, commit, entry, key, kind, load, now, version, write},
-    store_decide::{add, answer, decide, named, operation, put},
+    store_decide::{add, answer, decide, decide_patiently, named, operation, put},
 };
 
 /// A database with a way to it that can be cut, and commits that can be held: those that write a key that begins with `held`.
@@ -181,7 +181,7 @@ async fn what_is_lost_before_the_commit_is_not_applied_and_known_not_to_be() {
         .expect("locked");
     let counter = add("one", 5, 1);
     let (mut cut_off, operation) = (rig.behind_proxy.connection(), counter.clone());
-    let lost = tokio::spawn(async move { cut_off.decide(&[operation], Timestamp(now())).await });
+    let lost = tokio::spawn(async move { decide_patiently(&mut *cut_off, &[operation]).await });
     rig.fixture.database.await_waiting(1).await;
     rig.proxy.cut();
     assert_eq!(kind(lost.await.expect("ran")), StoreErrorKind::Unreachable);

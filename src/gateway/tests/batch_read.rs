@@ -209,7 +209,11 @@ async fn at_the_deadline_what_is_known_is_answered_and_the_rest_has_timed_out() 
         if consistency == Cached {
             assert_eq!(answers[0], Ok((some("value"), Source::L1)));
         }
-        assert!((SECOND * 9 / 10..SECOND).contains(&begun.elapsed()), "shortly before: {:?}", begun.elapsed());
+        assert!(
+            (SECOND * 9 / 10..SECOND).contains(&begun.elapsed()),
+            "shortly before: {:?}",
+            begun.elapsed()
+        );
         // The load of a cached read goes on for whoever joins it.
         eventually(|| rig.parts().flights.running() == 0).await;
     }

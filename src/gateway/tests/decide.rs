@@ -179,7 +179,11 @@ async fn a_young_process_asks_the_store_what_an_earlier_one_answered() {
     // Once it is older than the window nothing is left of an earlier one.
     tokio::time::advance(Duration::from_secs(601)).await;
     assert!(write(&rig, named("k", "v", Behind, "two")).await.is_ok());
-    assert_eq!(rig.fake.calls(Call::Answers), 3, "once for each call of a young process");
+    assert_eq!(
+        rig.fake.calls(Call::Answers),
+        3,
+        "once for each call of a young process"
+    );
 }
 
 #[tokio::test(start_paused = true)]

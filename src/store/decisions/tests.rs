@@ -284,6 +284,67 @@ async fn a_store_that_refuses_for_now_is_tried_a_few_times() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_wants_a_held_record_waits_aside() {
+    let rig = rig(1);
+    rig.fake.hold(Some(key("held")));
+    let operations = [add("a", 5), add("held", 5), add("held", 6), add("q", 5), add("z", 5)];
+    let mut outcomes = rig.together(&operations, []).await;
+    let late = rig.decide_within(add("held", 7), Duration::from_secs(2));
+    for (at, outcome) in [4, 3, 0].map(|at| (at, outcomes.remove(at))) {
+        assert_eq!(told(outcome).await, applied(5, 1), "{at}");
+    }
+    // Nobody else waits meanwhile, and whoever wants the record joins those who wait.
+    let begun = Instant::now();
+    for number in 6..100 {
+        assert_eq!(told(rig.decide(add("a", number))).await, applied(number, number - 4));
+    }
+    assert!(begun.elapsed() < Duration::from_millis(1), "{:?}", begun.elapsed());
+    let before = rig.fake.calls(Call::Decide);
+    let shortly = rig.decide_within(add("held", 8), Duration::from_millis(10));
+    assert_eq!(told(shortly).await, NOT_THERE);
+    assert_eq!(rig.fake.calls(Call::Decide), before);
+    // Until the deadline, however many tries that takes; and open is open.
+    assert_eq!(told(late).await, NOT_THERE);
+    assert!(begun.elapsed() > Duration::from_secs(1) && begun.elapsed() <= Duration::from_secs(2));
+    rig.fake.inject(Call::Decide, Fault::lose_reply());
+    rig.fake.hold(None);
+    for (outcome, wanted) in outcomes.into_iter().zip([answer(5, 1), answer(6, 2)]) {
+        assert_eq!(told(outcome).await, Ok(Decided::Repeated(wanted)));
+    }
+    assert_eq!(rig.fake.history(&key("held")), [version(6)], "one row, moved once");
+
+    rig.fake.hold(Some(key("held")));
+    rig.fake.inject(Call::Decide, Fault::fail(StoreErrorKind::Unknown));
+    let outcome = told(rig.decide_within(add("held", 9), Duration::from_secs(1))).await;
+    assert_eq!(outcome, Err((ErrorKind::Unavailable, Outcome::Unknown)));
+    // The shutdown waits for nobody.
+    let waits = rig.decide(add("held", 10));
+    let before = rig.fake.calls(Call::Decide);
+    eventually(|| rig.fake.calls(Call::Decide) > before).await;
+    rig.stop.cancel();
+    assert_eq!(told(waits).await, NOT_THERE);
+    for task in rig.tasks {
+        task.await.expect("no panic");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_wait_aside_than_a_batch_holds() {
+    let rig = rig(1);
+    rig.fake.hold(Some(key("held")));
+    let callers: Vec<_> = (1..=1_500).map(|number| rig.decide(add("held", number))).collect();
+    let (mut refused, mut waited) = (0, 0);
+    for caller in callers {
+        match told(caller).await {
+            Err((ErrorKind::Overloaded, Outcome::NotApplied)) => refused += 1,
+            Err((ErrorKind::Unavailable, Outcome::NotApplied)) => waited += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((refused, waited), (500, 1_000));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_store_that_is_down_is_told_at_once_to_all_that_are_not_open() {
     let rig = rig(1);
     rig.fake.down(true);

@@ -8,7 +8,7 @@ use super::{Row, State};
 use crate::{
     model::{Answered, RequestId, Timestamp, Write},
     store::{
-        StoreError, StoreErrorKind,
+        LOCK_NOT_AVAILABLE, StoreError, StoreErrorKind,
         decide::{Standing, decide, wanted},
         operation::{Decided, Operation},
         requests::{Named, of_answers, of_writes},
@@ -21,6 +21,15 @@ pub(super) type Requests = HashMap<(String, RequestId), Answered>;
 impl State {
     /// Decides operations and applies those that can be: all, or none when one of them writes poison.
     pub(super) fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
+        if operations
+            .iter()
+            .any(|operation| Some(&operation.key) == self.held.as_ref())
+        {
+            return Err(StoreError {
+                code: Some(LOCK_NOT_AVAILABLE.to_owned()),
+                ..StoreError::new(StoreErrorKind::Transient, "scripted hold")
+            });
+        }
         let rows: Vec<Option<Standing>> = wanted(operations)
             .iter()
             .map(|wanted| self.rows.get(wanted.key).map(Row::standing))

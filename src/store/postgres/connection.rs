@@ -192,10 +192,11 @@ impl Connection for PostgresConnection {
     /// A session that ended while it waited for this call is no reason to fail it: nothing was applied, so it is dialled anew, once.
     async fn decide(&mut self, operations: &[Operation], now: Timestamp) -> Result<Vec<Decided>, StoreError> {
         let mut session = self.take().await?;
-        let mut result = decide::decide(&mut session, operations, now).await;
+        let lock_wait_max = self.dialler.lock_wait_max();
+        let mut result = decide::decide(&mut session, operations, now, lock_wait_max).await;
         if matches!(&result, Err(failure) if failure.ends_session && failure.error.kind == StoreErrorKind::Transient) {
             session = self.dialler.session().await?;
-            result = decide::decide(&mut session, operations, now).await;
+            result = decide::decide(&mut session, operations, now, lock_wait_max).await;
         }
         self.settle(session, result)
     }

@@ -16,11 +16,15 @@
 //!
 //! Nothing is applied before the commit is sent: whatever fails earlier is no unknown outcome.
 //!
-//! Two transactions that each make a row that the other one has to move, or wait for each other's new rows, deadlock: the server ends one after
-//! its `deadlock_timeout`, and that one is tried again.
+//! A wait for a lock is short: whoever holds one longer must not stop what wants other rows ([`crate::store::aside`]). Nothing is applied then.
+//!
+//! Two transactions that each make a row that the other one has to move, or wait for each other's new rows, deadlock: the one whose wait is over
+//! first is rolled back, and tried again.
+
+use std::time::Duration;
 
 use sqlx::{
-    Connection as _, Row,
+    AssertSqlSafe, Connection as _, Row,
     postgres::{PgBindIterExt, PgConnection},
 };
 
@@ -47,6 +51,11 @@ use crate::{
 /// horizon), unless what it writes is swallowed.
 const TRANSACTIONS_MAX: u32 = 8;
 
+/// How long one operation waits for a lock that another session holds: time for the decisions of several gateways, one after the other.
+const LOCK_WAIT: Duration = Duration::from_millis(300);
+/// The same for several, which are then tried in halves: finding the one that has to wait takes a wait for each.
+const LOCK_WAIT_SHARED: Duration = Duration::from_millis(100);
+
 /// What a transaction came to.
 enum Attempt {
     /// All is written, to be committed.
@@ -57,17 +66,31 @@ enum Attempt {
     Overtaken,
 }
 
+/// `lock_wait_max`: the session's own bound on each wait for a lock. It holds for the commit, where only what the tables' owner added to them
+/// waits; what comes before waits less.
 pub(super) async fn decide(
     session: &mut PgConnection,
     operations: &[Operation],
     now: Timestamp,
+    lock_wait_max: Duration,
 ) -> Result<Vec<Decided>, Failure> {
     if operations.is_empty() {
         return Ok(Vec::new());
     }
+    let wait = if is_one_record(operations) {
+        LOCK_WAIT
+    } else {
+        LOCK_WAIT_SHARED
+    };
+    let begin = format!(
+        "begin; set local lock_timeout = {}",
+        wait.min(lock_wait_max).as_millis().max(1)
+    );
     for _ in 0..TRANSACTIONS_MAX {
-        let mut transaction = session.begin().await.map_err(before_commit)?;
-        let attempt = attempt(&mut transaction, operations, now).await;
+        // It is made of a number alone.
+        let begun = session.begin_with(AssertSqlSafe(begin.clone())).await;
+        let mut transaction = begun.map_err(before_commit)?;
+        let attempt = attempt(&mut transaction, operations, now, lock_wait_max).await;
         match attempt.map_err(Failure::before_effect) {
             Ok(Attempt::Written(decided)) => {
                 transaction.commit().await.map_err(at_commit)?;
@@ -100,7 +123,18 @@ fn at_commit(error: sqlx::Error) -> Failure {
     }
 }
 
-async fn attempt(session: &mut PgConnection, operations: &[Operation], now: Timestamp) -> Result<Attempt, Failure> {
+fn is_one_record(operations: &[Operation]) -> bool {
+    operations
+        .windows(2)
+        .all(|two| matches!(two, [one, other] if one.key == other.key))
+}
+
+async fn attempt(
+    session: &mut PgConnection,
+    operations: &[Operation],
+    now: Timestamp,
+    lock_wait_max: Duration,
+) -> Result<Attempt, Failure> {
     let rows = lock(session, &wanted(operations)).await?;
     // A statement of its own, after the locks: it sees whatever they were waited for.
     let names: Vec<(&str, &RequestId)> = operations
@@ -121,7 +155,7 @@ async fn attempt(session: &mut PgConnection, operations: &[Operation], now: Time
     if plan.changed.is_empty() {
         return Ok(Attempt::Idle(plan.decided));
     }
-    Ok(if write(session, &plan, ended_before).await? {
+    Ok(if write(session, &plan, ended_before, lock_wait_max).await? {
         Attempt::Written(plan.decided)
     } else {
         Attempt::Overtaken
@@ -200,7 +234,12 @@ fn claim_of(operation: &Operation) -> KeyedAnswer {
 }
 
 /// Writes what was decided. `false`: not all of it could be.
-async fn write(session: &mut PgConnection, plan: &Plan, ended_before: Timestamp) -> Result<bool, Failure> {
+async fn write(
+    session: &mut PgConnection,
+    plan: &Plan,
+    ended_before: Timestamp,
+    lock_wait_max: Duration,
+) -> Result<bool, Failure> {
     let changed = &plan.changed;
     let entries = || changed.iter().map(|changed| &changed.write.entry);
     let named = of_answers(&plan.remembered);
@@ -221,7 +260,9 @@ async fn write(session: &mut PgConnection, plan: &Plan, ended_before: Timestamp)
                 .bind_iter(),
         )
         .bind(changed.iter().map(|changed| changed.seen.map(Version::get)).bind_iter());
-    let query = bind(query, &named).bind(WireTime(ended_before));
+    let query = bind(query, &named)
+        .bind(WireTime(ended_before))
+        .bind(lock_wait_max.as_millis().to_string());
     let rows = query.fetch_all(session).await?;
     let row = rows.first().ok_or_else(swallowed)?;
     let [updated, inserted, remembered]: [i64; 3] = [row.try_get(0)?, row.try_get(1)?, row.try_get(2)?];

@@ -209,8 +209,13 @@ impl Dialler {
     /// The server gives up a little before its caller does.
     fn session_options(&self) -> Result<PgConnectOptions, StoreError> {
         let call_millis = self.call_timeout.as_millis();
-        let settings = settings(call_millis * 4 / 5, call_millis * 2 / 5);
+        let settings = settings(call_millis * 4 / 5, self.lock_wait_max().as_millis());
         Ok(url::options(&self.url)?.options(settings))
+    }
+
+    /// How long a session waits for one lock, if it is not told to wait less.
+    fn lock_wait_max(&self) -> Duration {
+        self.call_timeout * 2 / 5
     }
 
     /// A migration may rewrite a table, or wait for another gateway's.

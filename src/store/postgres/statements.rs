@@ -201,6 +201,7 @@ pub(super) const LOCK: &str = "
 
 /// What was decided, guarded by what was seen: the version of a row, which is locked, or that there is none. The horizon guards an insert as it does
 /// that of [`UPSERT`], for the same reason. How many of each were written: whoever misses one has to roll back.
+/// Once they are, the session waits for locks as it does otherwise: the commit is not hurried.
 pub(super) const WRITE_DECIDED: &str = concat!(
     "with batch as materialized (
         select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[], $5::timestamptz[], $6::text[], $7::bigint[])
@@ -222,7 +223,10 @@ pub(super) const WRITE_DECIDED: &str = concat!(
         returning 1
     ), ",
     remembered!("$8", "$9", "$10", "$11", "$12", "$13", "$14", "$15"),
-    " select (select count(*) from updated), (select count(*) from inserted), (select count(*) from remembered)"
+    " select updated, inserted, remembered,
+             set_config('lock_timeout', case when updated + inserted + remembered >= 0 then $16::text end, true)
+        from (select (select count(*) from updated), (select count(*) from inserted), (select count(*) from remembered))
+             as written (updated, inserted, remembered)"
 );
 
 /// Whether dead letters are kept of keys, from a version on, each with its place in the question. A row for each question.
