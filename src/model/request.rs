@@ -14,6 +14,9 @@ pub const REQUEST_ID_BYTES_MAX: usize = 64;
 /// journal.
 const REQUEST_FRAME_BYTES: usize = 32;
 
+/// What the ids begin with that a gateway made up.
+const MADE_UP: &str = "tidegate:";
+
 /// A request id: 1 to 64 bytes without NUL. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(Arc<str>);
@@ -33,12 +36,15 @@ impl RequestId {
         if id.contains('\0') {
             return Err("must not hold the NUL character");
         }
+        if id.starts_with(MADE_UP) {
+            return Err("must not begin with \"tidegate:\", as the gateway's own do");
+        }
         Ok(RequestId(id.into()))
     }
 
     /// One that nobody has sent, for what the gateway tries again by itself.
     pub fn made_up() -> RequestId {
-        RequestId(format!("tidegate:{:032x}", rand::random::<u128>()).into())
+        RequestId(format!("{MADE_UP}{:032x}", rand::random::<u128>()).into())
     }
 
     /// The id.
@@ -120,7 +126,10 @@ mod tests {
         for good in ["a", "é", &"x".repeat(64)] {
             assert_eq!(RequestId::new(good).expect("valid").as_str(), good);
         }
-        assert!(RequestId::new(RequestId::made_up().as_str()).is_ok());
+        assert!(
+            RequestId::new(RequestId::made_up().as_str()).is_err(),
+            "it is the gateway's own"
+        );
         assert_ne!(RequestId::made_up(), RequestId::made_up());
     }
 

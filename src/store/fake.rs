@@ -733,7 +733,6 @@ impl Connection for FakeConnection {
             if !state.dead_letters.iter().any(same) {
                 state.dead_letters.push(letter.clone());
             }
-            state.remember_writes(std::slice::from_ref(&letter.write));
             Ok(())
         })
         .await

@@ -263,7 +263,7 @@ pub trait Connection: Send {
     /// Writes a harmless row to the table of entries and takes it back: an error means that the table refuses every row.
     async fn probe(&mut self) -> Result<(), StoreError>;
 
-    /// Keeps a refused write in the dead-letter table. Repeating it keeps it once.
+    /// Keeps a refused write in the dead-letter table. Repeating it keeps it once. Its requests are not remembered: it was not written.
     async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError>;
 
     /// Asks whether the database answers.

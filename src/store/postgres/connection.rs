@@ -26,8 +26,8 @@ use crate::{
             failure::Failure,
             keys, requests,
             statements::{
-                ARE_BURIED, BURY, BURY_AND_REMEMBER, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE,
-                STANDING, UPSERT, UPSERT_AND_REMEMBER,
+                ARE_BURIED, BURY, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE, STANDING, UPSERT,
+                UPSERT_AND_REMEMBER,
             },
             time::WireTime,
         },
@@ -373,22 +373,16 @@ pub(super) async fn roll_back<T>(
 
 async fn bury(session: &mut PgConnection, letter: &DeadLetter) -> Result<(), Failure> {
     let DeadLetter { write, code, .. } = letter;
-    let named = of_writes(std::slice::from_ref(write));
-    let query = sqlx::query(if named.is_empty() { BURY } else { BURY_AND_REMEMBER })
+    sqlx::query(BURY)
         .bind(write.key.namespace())
         .bind(write.key.key())
         .bind(write.entry.version.get())
         .bind(write.entry.value.as_deref())
         .bind(write.entry.expires_at.map(WireTime))
         .bind(code.as_deref())
-        .bind(letter.kept_reason());
-    let query = if named.is_empty() {
-        query
-    } else {
-        requests::bind(query, &named)
-    };
-    // To its end: the server commits after the last row.
-    query.fetch_all(session).await?;
+        .bind(letter.kept_reason())
+        .execute(session)
+        .await?;
     Ok(())
 }
 

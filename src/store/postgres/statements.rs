@@ -242,25 +242,11 @@ pub(super) const PROBE: &str = "
     values ('tidegate.probe', 'probe-' || pg_backend_pid(), 1, '')
         on conflict (namespace, key) do update set version = excluded.version";
 
-macro_rules! bury {
-    () => {
-        "insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
-    values ($1, $2, $3, $4, $5, $6, $7)
-        on conflict (namespace, key, version) do nothing"
-    };
-}
-
 /// A dead letter, once.
-pub(super) const BURY: &str = bury!();
-
-/// The same, and what its write's requests are answered with.
-pub(super) const BURY_AND_REMEMBER: &str = concat!(
-    "with buried as (",
-    bury!(),
-    "), ",
-    remembered!("$8", "$9", "$10", "$11", "$12", "$13", "$14", "now()"),
-    " select count(*) from remembered"
-);
+pub(super) const BURY: &str = "
+    insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
+    values ($1, $2, $3, $4, $5, $6, $7)
+        on conflict (namespace, key, version) do nothing";
 
 /// Its own node, else one never used, else the one that was given back or lapsed longest ago: a node stays with its directory for as long
 /// as it can.

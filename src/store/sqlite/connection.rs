@@ -397,17 +397,6 @@ async fn probe(writer: &mut SqliteConnection) -> Result<(), Failure> {
 }
 
 async fn bury(writer: &mut SqliteConnection, letter: &DeadLetter) -> Result<(), Failure> {
-    let mut transaction = writer.begin_with("begin immediate").await?;
-    let buried = async {
-        insert_letter(&mut transaction, letter).await?;
-        let named = of_writes(std::slice::from_ref(&letter.write));
-        requests::insert(&mut transaction, &REMEMBER, &named).await
-    };
-    let buried = buried.await;
-    end(transaction, buried).await
-}
-
-async fn insert_letter(writer: &mut SqliteConnection, letter: &DeadLetter) -> Result<(), Failure> {
     let DeadLetter { write, code, .. } = letter;
     sqlx::query(BURY)
         .bind(write.key.namespace())
