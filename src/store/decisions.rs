@@ -117,7 +117,7 @@ impl GroupDecide {
     ///
     /// # Errors
     /// Each says whether the operation may still take effect. `Overloaded`: too many operations wait. `Rejected`: the store rejects the
-    /// record for good. `Unavailable`: the store is not there, or the gateway shuts down. `Timeout`: the deadline passed.
+    /// record for good. `Unavailable`: the store is not there, or another session of it holds the record, or the gateway shuts down. `Timeout`: the deadline passed.
     pub async fn decide(&self, operation: Operation, deadline: Instant) -> Result<Decided, Error> {
         let weight = operation.weight();
         let ask = Ask {
