@@ -9,7 +9,7 @@ mod tags;
 
 pub use condition::Condition;
 pub use request::{Answer, Answered, Fingerprint, KeyedAnswer, REQUEST_ID_BYTES_MAX, Request, RequestId};
-pub use tags::{TAG_BYTES_MAX, TAGS_MAX, Tags, check_tag};
+pub use tags::{BrokenTag, TAG_BYTES_MAX, TAGS_MAX, Tags, check_tag};
 
 use std::{
     fmt,

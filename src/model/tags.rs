@@ -14,6 +14,15 @@ pub const TAG_BYTES_MAX: usize = 128;
 /// What a tag is charged beyond its text, wherever bytes are bounded: what frames it in a record of the journal.
 const TAG_FRAME_BYTES: usize = 3;
 
+/// A rule that tags break.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokenTag {
+    /// The place of the tag that breaks it, from 0; `None` where all together do.
+    pub place: Option<usize>,
+    /// The rule, in words for the caller.
+    pub rule: String,
+}
+
 /// The tags of a record, each at most once, byte by byte in order. Empty by default. Cheap to clone.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Tags {
@@ -28,8 +37,8 @@ impl Tags {
     /// These tags, in any order; one that is named twice is there once.
     ///
     /// # Errors
-    /// Every rule that is broken, in words for the caller: there are at most 16, named twice or not, and each has 1 to 128 bytes without NUL.
-    pub fn new<T: AsRef<str>>(tags: &[T]) -> Result<Tags, Vec<String>> {
+    /// Every rule that is broken: there are at most 16, named twice or not, and each has 1 to 128 bytes without NUL.
+    pub fn new<T: AsRef<str>>(tags: &[T]) -> Result<Tags, Vec<BrokenTag>> {
         if tags.is_empty() {
             return Ok(Tags::default());
         }
@@ -91,11 +100,17 @@ pub fn check_tag(tag: &str) -> Result<(), &'static str> {
 }
 
 /// What is wrong with tags. Of those beyond the number that may be, only that.
-fn violations<T: AsRef<str>>(tags: &[T]) -> Vec<String> {
-    let too_many = (tags.len() > TAGS_MAX).then(|| format!("must be at most {TAGS_MAX}, are {}", tags.len()));
-    let wrong = tags.iter().take(TAGS_MAX).zip(1..).filter_map(|(tag, number)| {
-        let reason = check_tag(tag.as_ref()).err()?;
-        Some(format!("number {number} {reason}"))
+fn violations<T: AsRef<str>>(tags: &[T]) -> Vec<BrokenTag> {
+    let too_many = (tags.len() > TAGS_MAX).then(|| BrokenTag {
+        place: None,
+        rule: format!("must be at most {TAGS_MAX}, are {}", tags.len()),
+    });
+    let wrong = tags.iter().take(TAGS_MAX).enumerate().filter_map(|(place, tag)| {
+        let rule = check_tag(tag.as_ref()).err()?;
+        Some(BrokenTag {
+            place: Some(place),
+            rule: rule.to_string(),
+        })
     });
     too_many.into_iter().chain(wrong).collect()
 }
@@ -128,15 +143,17 @@ mod tests {
         let long = "t".repeat(TAG_BYTES_MAX + 1);
         let broken = Tags::new(&["fine", "", &long, "a\0b"]).expect_err("three are wrong");
         assert_eq!(broken.len(), 3, "{broken:?}");
-        for (broken, wanted) in broken.iter().zip(["number 2 ", "number 3 ", "number 4 "]) {
-            assert!(broken.starts_with(wanted), "{broken}");
-        }
+        let places: Vec<_> = broken.iter().map(|broken| broken.place).collect();
+        assert_eq!(places, [Some(1), Some(2), Some(3)]);
         let many: Vec<String> = (0..TAGS_MAX).map(|number| format!("{number:0128}")).collect();
         assert_eq!(Tags::new(&many).expect("as many as may be").bytes(), Tags::BYTES_MAX);
         let too_many = vec!["same"; TAGS_MAX + 1];
         assert_eq!(
             Tags::new(&too_many).expect_err("too many"),
-            ["must be at most 16, are 17"]
+            [BrokenTag {
+                place: None,
+                rule: "must be at most 16, are 17".to_owned()
+            }]
         );
     }
 

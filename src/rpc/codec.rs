@@ -88,11 +88,15 @@ const TEXT_FIELDS: [&str; 8] = [
 /// prost names the message and the field in its text alone, as `GetRequest.key`.
 fn undecodable(error: &DecodeError) -> Status {
     let text = error.to_string();
-    let field = TEXT_FIELDS
+    let named = TEXT_FIELDS
         .into_iter()
-        .find(|field| text.contains(&format!(".{field}:")));
+        .find_map(|field| Some((field, text.split_once(&format!(".{field}: "))?.1)));
+    let (field, description) = match named {
+        Some((field, reason)) => (field, format!("cannot be read: {reason}")),
+        None => ("", format!("the bytes are no message of this method: {text}")),
+    };
     to_status(Error::invalid(vec![FieldViolation {
-        field: field.unwrap_or_default().into(),
-        description: format!("the bytes are no message of this method: {text}").into(),
+        field: field.into(),
+        description: description.into(),
     }]))
 }

@@ -6,23 +6,29 @@
 use std::{
     cell::Cell,
     convert::Infallible,
+    error::Error,
     future::poll_fn,
     pin::{Pin, pin},
     task::Poll,
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::{Request, Response};
-use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::Service};
+use hyper::{
+    body::{Body, Incoming},
+    rt::Executor,
+    server::conn::http2,
+    service::Service,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::TcpStream,
     sync::oneshot,
     task_local,
-    time::{sleep, timeout},
+    time::{Sleep, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::body::Body;
 
 /// What an HTTP/2 client says first.
 const PREFACE_BYTES: usize = 24;
@@ -30,9 +36,20 @@ const PREFACE_BYTES: usize = 24;
 const PREFACE_WAIT: Duration = Duration::from_secs(10);
 /// Between looks at a preface that came in part, which no honest client sends.
 const PREFACE_POLL: Duration = Duration::from_millis(50);
-/// Flow control: one value of the default limit may be under way on a stream, and several on a connection.
-const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+/// Flow control: what a client may send on one stream ahead of what was read of it. So much of each stream, and no more, is all of a
+/// connection's bodies that waits unread.
+///
+/// It has to stop a client before h2 does. h2 closes the whole connection with ENHANCE_YOUR_CALM ("too_many_data_frames") when small frames
+/// wait unread: one of `n` bytes below 256 takes `256 - n` from an account, which gets them back when the frame is read, or more when large
+/// ones come; the account holds half of the connection's window, and only that can be set from here. A client that sends each message in a
+/// frame of its own, as many do, is no attacker: whatever fits into the windows of all streams in the smallest writes has to fit the account.
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+/// The smallest write in its frame: gRPC's prefix, and a deletion whose namespace and key have one character each.
+const SMALLEST_WRITE_BYTES: u32 = 15;
+/// Below which h2 takes a frame for a small one.
+const SMALL_FRAME_BYTES: u32 = 256;
+/// The largest window that HTTP/2 knows.
+const WINDOW_BYTES_CEILING: u32 = (1 << 31) - 1;
 /// A gRPC request has a dozen short headers.
 const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 /// After which silence a connection is asked whether it lives, and how long it has to answer.
@@ -49,13 +66,39 @@ where
     F::Output: Send + 'static,
 {
     fn execute(&self, task: F) {
-        tokio::spawn(CUT.scope(Cell::new(None), until_cut(task)));
+        tokio::spawn(CALL.scope(Handle::default(), until_cut(task)));
     }
 }
 
 task_local! {
-    /// What the call of this task has left, to be cut off by.
-    static CUT: Cell<Option<oneshot::Receiver<()>>>;
+    /// What the call of this task has left.
+    static CALL: Handle;
+}
+
+/// What a call tells the task that serves it.
+#[derive(Default)]
+struct Handle {
+    /// To be cut off by.
+    cut: Cell<Option<oneshot::Receiver<()>>>,
+    /// Whom its answer waits for, where that is new.
+    waits: Cell<Option<Waits>>,
+}
+
+/// Whom an answer waits for.
+#[derive(Clone, Copy)]
+pub(crate) enum Waits {
+    /// For its client to take what there is, and no longer than this; then it is cut off.
+    ForClient(Duration),
+    /// For more of it to be made.
+    ForUs,
+}
+
+impl Waits {
+    /// Notes it for the call that this task serves: each time a part of its answer is handed out.
+    pub(crate) fn note(self) {
+        // Outside of a call nobody waits.
+        let _ = CALL.try_with(|call| call.waits.set(Some(self)));
+    }
 }
 
 /// Cuts a call off: what is left of its answer is dropped, and its stream is reset. hyper asks an answer for no more while the client gives
@@ -68,7 +111,7 @@ impl Cutter {
     pub(crate) fn of_this_call() -> Cutter {
         let (cutter, cut) = oneshot::channel();
         // Outside of a call there is nothing to be cut off.
-        let _ = CUT.try_with(|slot| slot.set(Some(cut)));
+        let _ = CALL.try_with(|call| call.cut.set(Some(cut)));
         Cutter(cutter)
     }
 
@@ -82,12 +125,14 @@ impl Cutter {
 async fn until_cut(task: impl Future<Output: Send>) {
     let mut task = pin!(task);
     let mut cut = None;
+    // Made only for an answer that its client does not take at once.
+    let mut unread: Option<Pin<Box<Sleep>>> = None;
     poll_fn(|context| {
         if task.as_mut().poll(context).is_ready() {
             return Poll::Ready(());
         }
         // Left by the call while it was polled.
-        cut = CUT.with(Cell::take).or_else(|| cut.take());
+        cut = CALL.with(|call| call.cut.take()).or_else(|| cut.take());
         let asked = cut.as_mut().map(|cut| Pin::new(cut).poll(context));
         match asked {
             Some(Poll::Ready(Ok(()))) => return Poll::Ready(()),
@@ -95,16 +140,28 @@ async fn until_cut(task: impl Future<Output: Send>) {
             Some(Poll::Ready(Err(_))) => cut = None,
             Some(Poll::Pending) | None => {}
         }
-        Poll::Pending
+        match CALL.with(|call| call.waits.take()) {
+            Some(Waits::ForClient(max)) => unread = Some(Box::pin(sleep(max))),
+            Some(Waits::ForUs) => unread = None,
+            None => {}
+        }
+        match unread.as_mut().map(|unread| unread.as_mut().poll(context)) {
+            Some(Poll::Ready(())) => {
+                tracing::info!("cut off an answer: its client takes nothing of it");
+                Poll::Ready(())
+            }
+            Some(Poll::Pending) | None => Poll::Pending,
+        }
     })
     .await;
 }
 
 /// Serves a connection until it ends, or, once `stop` is cancelled, until its calls have been answered.
-pub(crate) async fn serve<R>(stream: TcpStream, router: R, streams_max: u32, stop: CancellationToken)
+pub(crate) async fn serve<R, B>(stream: TcpStream, router: R, streams_max: u32, stop: CancellationToken)
 where
-    R: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>,
+    R: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
     R::Future: Send + 'static,
+    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
 {
     tokio::select! {
         opened = opened(&stream) => if !opened { return },
@@ -114,7 +171,7 @@ where
         .timer(TokioTimer::new())
         .max_concurrent_streams(streams_max)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .initial_connection_window_size(connection_window(streams_max))
         .max_header_list_size(HEADER_LIST_BYTES_MAX)
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_WAIT)
@@ -130,6 +187,16 @@ where
     if let Err(error) = ended {
         tracing::debug!(%error, "connection ended");
     }
+}
+
+/// The window of a connection, for the sake of h2's account: what waits unread is bounded by its streams' windows, far below this. So many
+/// streams that this is more than HTTP/2 allows, over 900, are safe unless most of them pour the smallest writes at once.
+fn connection_window(streams_max: u32) -> u32 {
+    let frames = STREAM_WINDOW_BYTES.div_ceil(SMALLEST_WRITE_BYTES);
+    let account = streams_max
+        .saturating_mul(frames)
+        .saturating_mul(SMALL_FRAME_BYTES - SMALLEST_WRITE_BYTES);
+    account.saturating_mul(2).min(WINDOW_BYTES_CEILING)
 }
 
 /// Whether the client's preface arrived in time: hyper itself waits for it without end.

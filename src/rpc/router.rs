@@ -1,6 +1,7 @@
 //! One connection's way from a path to a service, and what is said about every call whichever service answers it.
 //!
-//! Owns the table of services, the counting of calls (a stream is one, which ends with it), and the statuses of requests that fail before a handler sees them. Routes by
+//! Owns the table of services, the counting of calls (a stream is one, which ends with it), how an answer is handed to HTTP/2, and the
+//! statuses of requests that fail before a handler sees them. Routes by
 //! a plain match: the generic routers box each call once more. Invariant: INTERNAL leaves here only with our own details, so it always
 //! means a fault of ours.
 
@@ -9,6 +10,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -22,6 +24,7 @@ use crate::{
     error::{Error, ErrorKind},
     rpc::{
         arrival::Arrival,
+        connection::Waits,
         proto::gateway_server::GatewayServer,
         reflection::Reflection,
         service::{CallLimits, GatewayService, stream_deadline},
@@ -138,7 +141,7 @@ impl Router {
 }
 
 impl hyper::service::Service<Request<Incoming>> for Router {
-    type Response = Response<Body>;
+    type Response = Response<AnswerBody>;
     type Error = std::convert::Infallible;
     type Future = CountedCall;
 
@@ -149,6 +152,7 @@ impl hyper::service::Service<Request<Incoming>> for Router {
         CountedCall {
             call,
             message_bytes_max: self.message_bytes_max(method),
+            unread_max: self.limits.stream_unread_max,
             count: Some(Count {
                 method,
                 started,
@@ -187,12 +191,13 @@ impl Drop for Count {
 pub(crate) struct CountedCall {
     call: Call,
     message_bytes_max: usize,
+    unread_max: Duration,
     /// Goes with the body of a stream that began, and ends with it.
     count: Option<Count>,
 }
 
 impl Future for CountedCall {
-    type Output = Result<Response<Body>, std::convert::Infallible>;
+    type Output = Result<Response<AnswerBody>, std::convert::Infallible>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let Poll::Ready(response) = self.call.as_mut().poll(context) else {
@@ -201,45 +206,81 @@ impl Future for CountedCall {
         let response = own_status(response, self.message_bytes_max);
         // An answer without a status in its headers carries it behind its messages.
         let code = status_code(response.headers());
-        let Some(count) = self.count.as_mut() else {
-            return Poll::Ready(Ok(response));
-        };
-        if code.is_some() || count.method != Method::WriteStream {
-            // For a unary call that is OK.
+        let mut count = self.count.take();
+        let lasts = code.is_none() && count.as_ref().is_some_and(|count| count.method == Method::WriteStream);
+        if !lasts && let Some(mut count) = count.take() {
+            // Without a code a unary call is OK.
             count.answered(code.unwrap_or(Code::Ok));
-            return Poll::Ready(Ok(response));
         }
-        let count = self.count.take();
-        Poll::Ready(Ok(response.map(|body| Body::new(CountedBody { body, count }))))
+        let unread_max = (!lasts).then_some(self.unread_max);
+        Poll::Ready(Ok(response.map(|body| AnswerBody {
+            body,
+            rest: Bytes::new(),
+            unread_max,
+            count,
+        })))
     }
 }
 
-/// The answers of a stream, which is counted at their end.
-struct CountedBody {
+/// The most of an answer that is handed to HTTP/2 at a time. What it was handed it keeps without bound in time; the rest is here, and is
+/// dropped with a client that takes nothing.
+const HANDED_BYTES_MAX: usize = 32 * 1024;
+
+/// An answer on its way to its client, part by part.
+pub(crate) struct AnswerBody {
     body: Body,
+    /// What is left of the part of `body` that was taken last.
+    rest: Bytes,
+    /// How long its client may take nothing of it; a stream of writes sees to that itself.
+    unread_max: Option<Duration>,
+    /// Of a stream, which is counted at its end.
     count: Option<Count>,
 }
 
-impl HttpBody for CountedBody {
+impl AnswerBody {
+    fn poll_part(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.rest.is_empty() {
+            let frame = match Pin::new(&mut self.body).poll_frame(context) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                other => return other,
+            };
+            if let Some(code) = frame.trailers_ref().and_then(status_code)
+                && let Some(mut count) = self.count.take()
+            {
+                count.answered(code);
+            }
+            match frame.into_data() {
+                Ok(data) => self.rest = data,
+                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            }
+        }
+        let part = self.rest.split_to(self.rest.len().min(HANDED_BYTES_MAX));
+        Poll::Ready(Some(Ok(Frame::data(part))))
+    }
+}
+
+impl HttpBody for AnswerBody {
     type Data = Bytes;
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(context);
-        if let Poll::Ready(Some(Ok(frame))) = &frame
-            && let Some(code) = frame.trailers_ref().and_then(status_code)
-            && let Some(mut count) = self.count.take()
-        {
-            count.answered(code);
+        let part = self.poll_part(context);
+        // It is asked for a part once the client has taken, or has room for, the one before.
+        if let Some(unread_max) = self.unread_max {
+            match part {
+                Poll::Ready(_) => Waits::ForClient(unread_max).note(),
+                Poll::Pending => Waits::ForUs.note(),
+            }
         }
-        frame
+        part
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
+        // hyper asks before the first part is taken.
         self.body.size_hint()
     }
 }

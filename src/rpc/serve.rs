@@ -75,7 +75,8 @@ pub struct Config {
     /// Open connections; one more is closed at once. Default: 10,000.
     pub connections_max: NonZeroUsize,
     /// Calls at a time on one connection. Default: 100. Each may hold a message of `value_bytes_max`, a batch or a stream of writes 4 MiB and
-    /// one such message, so this bounds what one connection can make the gateway hold.
+    /// one such message, so this bounds what one connection can make the gateway hold. At more than 900, a client that pours tiny writes
+    /// into most of them at once may lose its connection.
     pub streams_max: NonZeroU32,
     /// The largest value, in bytes. Default: 1 MiB.
     pub value_bytes_max: usize,
@@ -88,8 +89,8 @@ pub struct Config {
     /// How long a stream of writes may go on sending nothing, or no whole message. Default: 5 min. It holds a place of `streams_max`.
     #[serde(with = "humantime_serde")]
     pub stream_idle_max: Duration,
-    /// How long answers of a stream of writes may wait for a client that reads none of them, before it loses the stream. Default: 1 min. Less
-    /// frees sooner what such a client holds, and cuts off one that is merely slow.
+    /// How long an answer, of a stream of writes or of any other call, may wait for a client that takes nothing of it, before the call is cut
+    /// off. Default: 1 min. Less frees sooner what such a client holds, and cuts off one that is merely slow.
     #[serde(with = "humantime_serde")]
     pub stream_unread_max: Duration,
     /// Whether server reflection answers. Default: true.

@@ -6,13 +6,13 @@
 use std::time::Duration;
 
 use http::HeaderMap;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     error::{Error, ErrorKind},
-    gateway::Gateway,
+    gateway::{Gateway, WriteRequest, Written},
     model::Version,
     rpc::{
         convert::{self, AwaitedWrite},
@@ -27,6 +27,9 @@ use crate::{
     },
 };
 
+/// What a call that waits still gets once the gateway shuts down: time for a look into each tier.
+const LAST_LOOK: Duration = Duration::from_millis(200);
+
 /// What a call may ask of the service.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CallLimits {
@@ -35,7 +38,7 @@ pub(crate) struct CallLimits {
     pub(crate) message_bytes_max: usize,
     pub(crate) batch_bytes_max: usize,
     pub(crate) deadlines: Deadlines,
-    /// How long a stream may send nothing, and leave its answers unread.
+    /// How long a stream may send nothing, and any answer be left unread.
     pub(crate) stream_idle_max: Duration,
     pub(crate) stream_unread_max: Duration,
 }
@@ -52,7 +55,7 @@ pub(crate) struct Deadlines {
 pub(crate) struct GatewayService {
     gateway: Gateway,
     limits: CallLimits,
-    /// Tells streams that the gateway shuts down.
+    /// Tells streams, and calls that wait for others, that the gateway shuts down.
     stop: CancellationToken,
 }
 
@@ -99,14 +102,22 @@ impl GatewayRpc for GatewayService {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let deadline = deadline(&request);
         let (key, options) = convert::get(request.get_ref()).map_err(to_status)?;
-        let found = self.gateway.get(&key, options, deadline).await.map_err(to_status)?;
+        let found = self.gateway.get(&key, options, deadline);
+        let found = match options.freshness.min_version {
+            None => found.await,
+            Some(_) => while_running(&self.stop, found)
+                .await
+                .unwrap_or_else(|| Err(shutting_down())),
+        };
+        let found = found.map_err(to_status)?;
         Ok(Response::new(convert::get_response(found)))
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
         let deadline = deadline(&request);
         let write = convert::put(request.into_inner(), self.limits.value_bytes_max).map_err(to_status)?;
-        let written = self.gateway.write(write, deadline).await.map_err(to_status)?;
+        let written = write_while_running(&self.gateway, &self.stop, write, deadline).await;
+        let written = written.map_err(to_status)?;
         Ok(Response::new(convert::put_response(written)))
     }
 
@@ -126,7 +137,15 @@ impl GatewayRpc for GatewayService {
             .into_iter()
             .map(|item| item.map(|write| valid.push(write)).err())
             .collect();
-        let mut outcomes = self.gateway.write_all(valid, deadline).await.into_iter();
+        let awaits = valid.iter().any(|write| write.await_persisted);
+        let outcomes = self.gateway.write_all(valid, deadline);
+        let outcomes = if awaits {
+            let outcomes = while_running(&self.stop, outcomes).await;
+            outcomes.ok_or_else(|| to_status(shutting_down().unknown()))?
+        } else {
+            outcomes.await
+        };
+        let mut outcomes = outcomes.into_iter();
         let outcome = |invalid: Option<Error>| match invalid {
             Some(error) => Err(error),
             None => outcomes.next().unwrap_or_else(|| Err(unanswered())),
@@ -139,8 +158,8 @@ impl GatewayRpc for GatewayService {
 
     async fn write_stream(&self, request: Request<Streaming<WriteStreamRequest>>) -> Result<Response<Answers>, Status> {
         let deadline = request.extensions().get::<StreamDeadline>().and_then(|given| given.0);
-        let writes = Writes::new(self.gateway.clone(), self.limits, deadline);
-        Ok(Response::new(writes.start(request.into_inner(), self.stop.clone())))
+        let writes = Writes::new(self.gateway.clone(), self.limits, deadline, self.stop.clone());
+        Ok(Response::new(writes.start(request.into_inner())))
     }
 
     async fn scan(&self, request: Request<ScanRequest>) -> Result<Response<ScanResponse>, Status> {
@@ -171,18 +190,24 @@ impl GatewayRpc for GatewayService {
         let deadline = deadline(&request);
         let answer = match convert::await_persisted(request.get_ref()).map_err(to_status)? {
             AwaitedWrite::One(key, version) => {
-                let stored = self.gateway.await_persisted(&key, version, deadline).await;
+                let stored = self.gateway.await_persisted(&key, version, deadline);
+                let stored = while_running(&self.stop, stored).await;
                 AwaitPersistedResponse {
                     version: stored
+                        .unwrap_or_else(|| Err(shutting_down()))
                         .map_err(|error| to_status_about(error, "version"))?
                         .map_or(0, Version::get),
                     dead_lettered: 0,
                 }
             }
-            AwaitedWrite::All => AwaitPersistedResponse {
-                version: 0,
-                dead_lettered: self.gateway.await_all_persisted(deadline).await.map_err(to_status)?,
-            },
+            AwaitedWrite::All => {
+                let stored = while_running(&self.stop, self.gateway.await_all_persisted(deadline)).await;
+                let stored = stored.unwrap_or_else(|| Err(shutting_down()));
+                AwaitPersistedResponse {
+                    version: 0,
+                    dead_lettered: stored.map_err(to_status)?,
+                }
+            }
         };
         Ok(Response::new(answer))
     }
@@ -190,9 +215,38 @@ impl GatewayRpc for GatewayService {
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
         let deadline = deadline(&request);
         let write = convert::delete(request.get_ref()).map_err(to_status)?;
-        let written = self.gateway.write(write, deadline).await.map_err(to_status)?;
+        let written = write_while_running(&self.gateway, &self.stop, write, deadline).await;
+        let written = written.map_err(to_status)?;
         Ok(Response::new(convert::delete_response(written)))
     }
+}
+
+/// What a call waits for that may never come, as a version that nobody wrote: until the gateway shuts down, and then for as long as it takes
+/// to say what is there.
+async fn while_running<T>(stop: &CancellationToken, waiting: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        outcome = waiting => Some(outcome),
+        () = async { stop.cancelled().await; sleep(LAST_LOOK).await } => None,
+    }
+}
+
+/// Writes, and where the store is awaited waits no longer than the gateway runs. The write itself goes on where it was admitted.
+pub(crate) async fn write_while_running(
+    gateway: &Gateway,
+    stop: &CancellationToken,
+    write: WriteRequest,
+    deadline: Instant,
+) -> Result<Written, Error> {
+    if !write.await_persisted {
+        return gateway.write(write, deadline).await;
+    }
+    let written = while_running(stop, gateway.write(write, deadline)).await;
+    written.unwrap_or_else(|| Err(shutting_down().unknown()))
+}
+
+pub(crate) fn shutting_down() -> Error {
+    Error::new(ErrorKind::Unavailable, "the gateway is shutting down")
 }
 
 /// Of a write of a batch; each has its answer.

@@ -36,7 +36,7 @@ use crate::{
         convert::{self, violate},
         proto::{WriteResult, WriteStreamRequest, WriteStreamResponse},
         router::unread,
-        service::CallLimits,
+        service::{CallLimits, shutting_down, write_while_running},
         status::to_status,
     },
 };
@@ -86,6 +86,8 @@ type Outcome = Pin<Box<dyn Future<Output = (u64, Result<Written, Error>)> + Send
 pub(crate) struct Writes {
     gateway: Gateway,
     limits: CallLimits,
+    /// Tells that the gateway shuts down.
+    stop: CancellationToken,
     /// Until when the stream may last.
     deadline: Option<Instant>,
     /// What was read and not answered, in order.
@@ -128,10 +130,16 @@ enum End {
 }
 
 impl Writes {
-    pub(crate) fn new(gateway: Gateway, limits: CallLimits, deadline: Option<Instant>) -> Writes {
+    pub(crate) fn new(
+        gateway: Gateway,
+        limits: CallLimits,
+        deadline: Option<Instant>,
+        stop: CancellationToken,
+    ) -> Writes {
         Writes {
             gateway,
             limits,
+            stop,
             deadline,
             places: VecDeque::new(),
             first: 1,
@@ -143,13 +151,13 @@ impl Writes {
     }
 
     /// Starts the stream's task. It ends with the stream, or once nobody hears its answers.
-    pub(crate) fn start(mut self, requests: Streaming<WriteStreamRequest>, stop: CancellationToken) -> Answers {
+    pub(crate) fn start(mut self, requests: Streaming<WriteStreamRequest>) -> Answers {
         let (sender, answers) = mpsc::channel(ANSWERS_MAX);
         let (end_sender, end) = oneshot::channel();
         let (heard, unheard) = oneshot::channel::<Infallible>();
         let cutter = Cutter::of_this_call();
         tokio::spawn(async move {
-            let ended = self.run(requests, &sender, &stop).await;
+            let ended = self.run(requests, &sender).await;
             let unread_max = self.limits.stream_unread_max;
             // The permits and the values of what is under way, before the wait for a client that takes its time.
             drop(self);
@@ -180,8 +188,8 @@ impl Writes {
         &mut self,
         mut requests: Streaming<WriteStreamRequest>,
         answers: &mpsc::Sender<WriteStreamResponse>,
-        stop: &CancellationToken,
     ) -> End {
+        let stop = self.stop.clone();
         let (mut gone, mut stopped) = (pin!(answers.closed()), pin!(stop.cancelled()));
         let mut pace = Pace::new(&self.limits, self.deadline);
         let mut alarm = pin!(sleep_until(pace.next()));
@@ -301,13 +309,13 @@ impl Writes {
     }
 
     fn write(&self, number: u64, request: WriteRequest, deadline: Instant) {
-        let gateway = self.gateway.clone();
+        let (gateway, stop) = (self.gateway.clone(), self.stop.clone());
         self.running.push(Box::pin(async move {
             if Instant::now() >= deadline {
                 let message = "the deadline passed while an earlier write of this key was under way";
                 return (number, Err(Error::new(ErrorKind::Timeout, message)));
             }
-            (number, gateway.write(request, deadline).await)
+            (number, write_while_running(&gateway, &stop, request, deadline).await)
         }));
     }
 
@@ -430,10 +438,6 @@ fn broken(status: Status, message_bytes_max: usize) -> Status {
 fn cut_short() -> Error {
     let message = "the gateway was stopped in the middle of the stream";
     Error::new(ErrorKind::Unavailable, message).unknown()
-}
-
-fn shutting_down() -> Error {
-    Error::new(ErrorKind::Unavailable, "the gateway is shutting down")
 }
 
 fn no_item() -> Error {

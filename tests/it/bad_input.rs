@@ -227,10 +227,10 @@ async fn bad_tags_are_named_each() {
         tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
         ..put()
     };
-    assert_put_is_blamed_on(&gateway, &tagged(&["fine", ""]), &["tags"]).await;
-    assert_put_is_blamed_on(&gateway, &tagged(&[&"t".repeat(129)]), &["tags"]).await;
+    assert_put_is_blamed_on(&gateway, &tagged(&["fine", ""]), &["tags[1]"]).await;
+    assert_put_is_blamed_on(&gateway, &tagged(&[&"t".repeat(129)]), &["tags[0]"]).await;
     assert_put_is_blamed_on(&gateway, &tagged(&["same"; 17]), &["tags"]).await;
-    assert_put_is_blamed_on(&gateway, &tagged(&["", "fine", "a\0b"]), &["tags", "tags"]).await;
+    assert_put_is_blamed_on(&gateway, &tagged(&["", "fine", "a\0b"]), &["tags[0]", "tags[2]"]).await;
     assert_nothing_changed(&gateway, &database).await;
 }
 
@@ -643,7 +643,10 @@ async fn text_that_is_not_utf8_is_blamed_on_its_field() {
     ] {
         let path = format!("/tidegate.v1.Gateway/{method}");
         let answer = wire.call(&path, &[], frame(0, 3, &[number << 3 | 2, 1, 0xff])).await;
-        assert_blames(answer.status.as_ref().expect("a status"), &[field]);
+        let status = answer.status.expect("a status");
+        assert_blames(&status, &[field]);
+        let said = format!("{field} cannot be read: ");
+        assert!(status.message().contains(&said), "{status:?}");
     }
     let item = frame(0, 7, b"\x0a\x05\x0a\x03\x12\x01\xff");
     let answer = wire.call("/tidegate.v1.Gateway/BatchWrite", &[], item).await;

@@ -184,7 +184,12 @@ async fn an_item_that_is_invalid_or_rejected_fails_alone() {
         (Code::InvalidArgument as i32, "INVALID")
     );
     assert_eq!(named(1), ["key", "write_mode"]);
-    assert_eq!(named(2), ["put"]);
+    assert_eq!(named(2), [""]);
+    let message = &failure(2).message;
+    assert!(
+        message.ends_with(": exactly one of put and delete must be given"),
+        "{message}"
+    );
     assert_eq!(failure(3).reason, "REJECTED");
     for index in 1..=3 {
         assert!(!failure(index).unknown && failure(index).retry_delay.is_none());

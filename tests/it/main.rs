@@ -42,6 +42,7 @@ mod config;
 mod counters;
 mod counts;
 mod deadlines;
+mod flow;
 mod freshness;
 mod health;
 mod histories;

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use tidegate::rpc::proto::ReadConsistency;
+use tidegate::rpc::proto::{AwaitPersistedRequest, GetRequest, PutRequest, ReadConsistency};
 use tokio::time::{Instant, timeout};
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::harness::{
-    Database, Gateway, Mode, SOON, Setup, eventually, expect,
+    Database, Gateway, Mode, SOON, Setup,
+    client::outcome,
+    eventually, expect,
     gateway::line,
     postgres::{Server, Stop},
     wire::Wire,
@@ -303,4 +305,73 @@ async fn a_client_that_hangs_up_cancels_its_wait_and_not_its_write() {
         expect(read.as_deref() == Some(&b"value"[..]), read)
     })
     .await;
+}
+
+/// A call that would wait for longer than the test.
+fn patient<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(Duration::from_secs(60));
+    request
+}
+
+#[tokio::test]
+async fn a_wait_for_what_never_comes_does_not_hold_it() {
+    let database = Database::postgres().await;
+    let mut gateway = Setup::new()
+        .store(database.url())
+        .config("[shutdown]\ncalls_wait = \"10m\"\ndrain_wait = \"10m\"\n[namespaces.slow]\nwrite_delay = \"1h\"")
+        .start()
+        .await;
+    let written = gateway.client.put("key", b"value", Mode::Through).await.unwrap();
+    // Soon to be written, and by nobody.
+    let version = written.version + 1_000;
+    let hold = database.hold_writes().await;
+    // That all is persisted has to wait for something.
+    let slow = gateway.client.namespace("slow");
+    slow.put("key", b"value", Mode::Behind).await.unwrap();
+    let get = GetRequest {
+        min_version: version,
+        ..gateway.client.get_request("key", ReadConsistency::Cached)
+    };
+    let one = AwaitPersistedRequest {
+        namespace: "orders".to_owned(),
+        key: "key".to_owned(),
+        version,
+    };
+    let put = PutRequest {
+        await_persisted: true,
+        ..gateway.client.put_request("inline", b"value", Mode::Behind)
+    };
+    let stub = || gateway.client.stub();
+    let (mut reader, mut waiter, mut all, mut writer) = (stub(), stub(), stub(), stub());
+    let waits = [
+        tokio::spawn(async move { reader.get(patient(get)).await.err() }),
+        tokio::spawn(async move { waiter.await_persisted(patient(one)).await.err() }),
+        tokio::spawn(async move {
+            all.await_persisted(patient(AwaitPersistedRequest::default()))
+                .await
+                .err()
+        }),
+        tokio::spawn(async move { writer.put(patient(put)).await.err() }),
+    ];
+    eventually("all wait", SOON, async || {
+        let running = gateway.metric("tidegate_calls_running", &[]).await;
+        expect(running == 4.0, running)
+    })
+    .await;
+    gateway.terminate();
+    for (wait, expected) in waits
+        .into_iter()
+        .zip(["not_applied", "not_applied", "not_applied", "unknown"])
+    {
+        let status = timeout(SOON, wait).await.expect("it is answered").unwrap();
+        let status = status.expect("it did not come");
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        assert!(status.message().contains("shutting down"), "{status:?}");
+        assert_eq!(outcome(&status), expected, "{status:?}");
+    }
+    hold.release().await;
+    let exit = gateway.wait_exit(SOON).await;
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    assert_eq!(database.value("orders", "inline").await.as_deref(), Some(&b"value"[..]));
 }

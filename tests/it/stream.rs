@@ -254,7 +254,7 @@ async fn what_is_invalid_is_answered_and_the_stream_goes_on() {
     stream.send(item(client, "large", &large, Mode::Behind)).await;
     stream.writes.send(WriteStreamRequest { item: None }).await.unwrap();
     stream.send(item(client, "good", b"good", Mode::Through)).await;
-    for (number, field) in [(1, "key"), (2, "put"), (3, "value"), (4, "item")] {
+    for (number, field) in [(1, "key"), (2, ""), (3, "value"), (4, "item")] {
         let failure = stream.outcome(number).await.expect_err("it is at fault");
         assert_eq!(
             (failure.code, failure.reason.as_str()),

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use crate::{
     error::{Error, FieldViolation},
     gateway::{Counted, Durability, IncrementRequest, TouchRequest, Touched, WriteRequest, Written},
-    model::{Condition, Key, RequestId, Tags, Version},
+    model::{BrokenTag, Condition, Key, RequestId, Tags, Version},
     namespace::WriteMode,
     rpc::{
         proto::{self, write_item::Operation, write_result::Outcome},
@@ -74,7 +74,7 @@ pub(crate) fn item(item: proto::WriteItem, value_bytes_max: usize) -> Result<Wri
         Some(Operation::Delete(request)) => delete(&request),
         None => {
             let mut violations = Vec::new();
-            violate(&mut violations, "put", "or delete must be given");
+            violate(&mut violations, "", "exactly one of put and delete must be given");
             Err(Error::invalid(violations))
         }
     }
@@ -263,8 +263,9 @@ fn request_id(id: &str, violations: &mut Vec<FieldViolation>) -> Option<RequestI
 
 fn tags(tags: &[String], violations: &mut Vec<FieldViolation>) -> Tags {
     Tags::new(tags).unwrap_or_else(|broken| {
-        for description in broken {
-            violate(violations, "tags", description);
+        for BrokenTag { place, rule } in broken {
+            let field = place.map_or_else(|| "tags".to_owned(), |place| format!("tags[{place}]"));
+            violate(violations, field, rule);
         }
         Tags::default()
     })

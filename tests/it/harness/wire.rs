@@ -49,8 +49,15 @@ pub fn message(message: &impl prost::Message) -> Bytes {
 
 impl Wire {
     pub async fn connect(address: SocketAddr) -> Wire {
+        Wire::connect_with_room(address, 65_535).await
+    }
+
+    /// One that has room for so many bytes of an answer that it has not read.
+    pub async fn connect_with_room(address: SocketAddr, bytes: u32) -> Wire {
         let stream = TcpStream::connect(address).await.expect("the gateway accepts");
-        let (requests, connection) = h2::client::handshake(stream).await.expect("it speaks HTTP/2");
+        let mut builder = h2::client::Builder::new();
+        let handshake = builder.initial_window_size(bytes).handshake(stream);
+        let (requests, connection) = handshake.await.expect("it speaks HTTP/2");
         tokio::spawn(connection);
         Wire { requests, address }
     }
@@ -114,6 +121,18 @@ pub async fn answer(response: ResponseFuture) -> Result<Answer, h2::Error> {
             .or_else(|| Status::from_header_map(&head.headers)),
         body: received.freeze(),
     })
+}
+
+/// Sends what is to be one frame, once the other side has room for it whole. Whether it goes on.
+pub async fn send_frame(sender: &mut h2::SendStream<Bytes>, frame: Bytes) -> bool {
+    sender.reserve_capacity(frame.len());
+    while sender.capacity() < frame.len() {
+        let granted = std::future::poll_fn(|context| sender.poll_capacity(context)).await;
+        if !matches!(granted, Some(Ok(_))) {
+            return false;
+        }
+    }
+    sender.send_data(frame, false).is_ok()
 }
 
 /// Sends the body as fast as the other side takes it, and stops when it has heard enough and resets the stream.
