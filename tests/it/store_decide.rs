@@ -45,7 +45,10 @@ pub fn request(id: &str) -> Request {
 }
 
 fn made_up() -> Request {
-    request(RequestId::made_up().as_str())
+    Request {
+        id: RequestId::made_up(),
+        ..request("made up")
+    }
 }
 
 /// An operation under a request id that nobody else has.
