@@ -445,8 +445,9 @@ impl Ledger {
                 _ => {}
             }
         }
-        // A delete that can come no more excuses nothing that is shown from now on.
-        for (key, log) in &mut self.keys {
+        // A delete that can come no more excuses nothing that is shown from now on; but one that rested on memory may outlive its process in
+        // Redis, as a put that did may.
+        for (key, log) in self.keys.iter_mut().filter(|(key, _)| key.namespace != VOLATILE) {
             log.open_deletes = log.open_deletes.min(unknown_deletes.get(key).copied().unwrap_or(0));
         }
     }
