@@ -156,11 +156,13 @@ impl Gateway {
                 if let Some(entered) = entered {
                     self.release(key, entered.token).await;
                 }
+                let is_known = matches!(decided, Decided::Repeated(_));
                 if let Some(ended) = self.not_applied(&undecided, version, decided).await {
                     return ended;
                 }
                 if Instant::now() + pause >= last_word_at(deadline) {
-                    return Err(behind());
+                    // What was answered before may yet get there.
+                    return Err(if is_known { behind().unknown() } else { behind() });
                 }
                 sleep(pause).await;
                 pause = (pause * 2).min(PAUSE_MAX);

@@ -317,6 +317,28 @@ async fn a_repeat_says_what_its_write_rests_on_by_now() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_repeat_of_what_is_not_in_the_store_yet_is_of_unknown_outcome() {
+    let rig = rig(|_| ());
+    let theirs = rig.ahead(Duration::from_millis(1));
+    let request = Request {
+        id: RequestId::new("one").expect("valid"),
+        fingerprint: requests::fingerprint_of_write(&named("k", "v", Through, "one")),
+        ends_at: rig.clock().now().after(Duration::from_secs(300)),
+    };
+    remembered(&rig, request, theirs).await;
+    let refused = write(&rig, named("k", "v", Through, "one"))
+        .await
+        .expect_err("it is not there");
+    assert_eq!(
+        (refused.kind(), refused.outcome()),
+        (ErrorKind::Unavailable, Outcome::Unknown)
+    );
+    rig.put_past("k", "v", theirs);
+    let repeated = write(&rig, named("k", "v", Through, "one")).await.expect("it is there");
+    assert!(repeated.deduplicated && repeated.version == theirs);
+}
+
+#[tokio::test(start_paused = true)]
 async fn ids_that_the_store_knows_leave_room_for_those_that_it_does_not() {
     let rig = rig(|setup| setup.requests.remembered_max = one());
     for id in ["a", "b", "c"] {
