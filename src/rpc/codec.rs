@@ -86,7 +86,7 @@ const TEXT_FIELDS: [&str; 8] = [
 ];
 
 /// prost names the message and the field in its text alone, as `GetRequest.key`.
-fn undecodable(error: &DecodeError) -> Status {
+pub(crate) fn undecodable(error: &DecodeError) -> Status {
     let text = error.to_string();
     let named = TEXT_FIELDS
         .into_iter()

@@ -175,6 +175,8 @@ where
         .max_header_list_size(HEADER_LIST_BYTES_MAX)
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_WAIT)
+        // gRPC wants none, and one that changes each second fills the tables of header compression.
+        .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), router);
     let mut connection = pin!(connection);
     let ended = tokio::select! {

@@ -2,7 +2,7 @@
 //!
 //! Owns threads, connections, validation of input and the statuses of failures. Decides nothing about records: that is
 //! [`crate::gateway`]. In the order of a call: [`serve`] (threads, acceptor), `connection` (HTTP/2 and its bounds), `router` (path to service,
-//! counting), `arrival` (a body's deadline), [`codec`], `service` (the methods), `stream` (the one that lasts), `convert` (validation), [`status`] (failures). The operators' service,
+//! counting), `arrival` (a body's deadline), `unary` and [`codec`] (messages), `service` (the methods), `stream` (the one that lasts), `convert` (validation), [`status`] (failures). The operators' service,
 //! on an address of its own, is [`admin`].
 
 pub mod admin;
@@ -16,6 +16,7 @@ pub mod serve;
 mod service;
 pub mod status;
 mod stream;
+mod unary;
 
 /// The generated code of `tidegate.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]

@@ -1,9 +1,8 @@
-//! One connection's way from a path to a service, and what is said about every call whichever service answers it.
+//! One connection's way from a path to a method, and what is said about every call whichever service answers it.
 //!
-//! Owns the table of services, the counting of calls (a stream is one, which ends with it), how an answer is handed to HTTP/2, and the
-//! statuses of requests that fail before a handler sees them. Routes by
-//! a plain match: the generic routers box each call once more. Invariant: INTERNAL leaves here only with our own details, so it always
-//! means a fault of ours.
+//! Owns the table of methods, the counting of calls (a stream is one, which ends with it), how an answer is handed to HTTP/2, and the
+//! statuses of requests that fail before a handler of tonic's sees them. Does not own the messages of our own calls (`unary`, `stream`).
+//! Routes by a plain match. Invariant: INTERNAL leaves here only with our own details, so it always means a fault of ours.
 
 use std::{
     future::Future,
@@ -17,27 +16,30 @@ use bytes::Bytes;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header::CONTENT_TYPE};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::Instant;
-use tonic::{Code, Status, body::Body, codegen::Service};
+use prost::Message;
+use tonic::{Code, Status, body::Body, codegen::Service, server::Grpc};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 
 use crate::{
-    error::{Error, ErrorKind},
+    error::Error,
     rpc::{
         arrival::Arrival,
+        codec::Codec,
         connection::Waits,
-        proto::gateway_server::GatewayServer,
         reflection::Reflection,
         service::{CallLimits, GatewayService, stream_deadline},
         status::to_status,
+        stream::Writing,
+        unary::{self, unary},
     },
     telemetry::calls::{Method, ThreadCounters},
 };
 
-/// A call on its way.
-pub(crate) type Call = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
+/// A call of a service of tonic's on its way.
+pub(crate) type TonicCall = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
 
 /// A service whose type cannot be named.
-pub(crate) type ErasedService = Arc<dyn Fn(Request<Incoming>) -> Call + Send + Sync>;
+pub(crate) type ErasedService = Arc<dyn Fn(Request<Incoming>) -> TonicCall + Send + Sync>;
 
 /// Hides a service's type.
 pub(crate) fn erase<S>(service: S) -> ErasedService
@@ -63,72 +65,69 @@ where
 /// The services of one serving thread.
 #[derive(Clone)]
 pub(crate) struct Router {
-    pub(crate) gateway: GatewayServer<GatewayService>,
-    /// The same service, reading the larger messages of batches.
-    pub(crate) batches: GatewayServer<GatewayService>,
+    pub(crate) gateway: Arc<GatewayService>,
     pub(crate) health: HealthServer<HealthService>,
     pub(crate) reflection: Option<Reflection>,
     pub(crate) counters: Arc<ThreadCounters>,
     pub(crate) limits: CallLimits,
 }
 
+/// A call on its way to an answer of any kind.
+type Answering = Pin<Box<dyn Future<Output = Response<Content>> + Send>>;
+
 impl Router {
-    fn route(&self, request: Request<Incoming>) -> (Method, Call) {
+    fn route(&self, request: Request<Incoming>, arrived: Instant) -> (Method, Answering) {
         if let Some(refusal) = not_grpc(&request) {
-            return (Method::Other, Box::pin(std::future::ready(refusal)));
+            return (Method::Other, self.foreign(std::future::ready(refusal)));
         }
         let path = request.uri().path();
-        let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
-            return (Method::Other, unimplemented());
+        let Some((service, name)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
+            return (Method::Other, self.foreign(unimplemented()));
         };
         match service {
             "tidegate.v1.Gateway" => {
-                let method = match method {
-                    "Get" => Method::Get,
-                    "Put" => Method::Put,
-                    "Delete" => Method::Delete,
-                    "BatchGet" => Method::BatchGet,
-                    "BatchWrite" => Method::BatchWrite,
-                    "WriteStream" => Method::WriteStream,
-                    "Scan" => Method::Scan,
-                    "Touch" => Method::Touch,
-                    "Increment" => Method::Increment,
-                    "AwaitPersisted" => Method::AwaitPersisted,
-                    _ => Method::Other,
-                };
-                let mut server = match method {
-                    Method::BatchGet | Method::BatchWrite => self.batches.clone(),
-                    _ => self.gateway.clone(),
-                };
-                let request = match method {
-                    Method::WriteStream => Self::lasting(request),
-                    _ => self.bounded(request),
-                };
-                (method, answer(server.call(request)))
+                let method = method(name);
+                (method, self.call_gateway(method, request, arrived))
             }
-            "grpc.health.v1.Health" => (Method::Other, answer(self.health.clone().call(self.bounded(request)))),
+            "grpc.health.v1.Health" => {
+                let deadline = self.limits.deadlines.deadline(request.headers(), arrived);
+                let request = request.map(|body| Arrival::new(body, Some(deadline)));
+                (Method::Other, self.foreign(answer(self.health.clone().call(request))))
+            }
             _ => {
                 let reflection = self.reflection.as_ref().and_then(|services| services.named(service));
-                (
-                    Method::Other,
-                    reflection.map_or_else(unimplemented, |service| service(request)),
-                )
+                let call = reflection.map_or_else(unimplemented, |service| service(request));
+                (Method::Other, self.foreign(call))
             }
         }
     }
 
-    /// The request with its deadline, before which its body has to have arrived.
-    fn bounded(&self, mut request: Request<Incoming>) -> Request<Arrival> {
-        let deadline = self.limits.deadlines.deadline(request.headers());
-        request.extensions_mut().insert(deadline);
-        request.map(|body| Arrival::new(body, Some(deadline.0)))
+    fn call_gateway(&self, method: Method, request: Request<Incoming>, arrived: Instant) -> Answering {
+        let call = Call {
+            router: self,
+            method,
+            request,
+            arrived,
+        };
+        match method {
+            Method::Get => call.unary(GatewayService::get),
+            Method::Put => call.unary(GatewayService::put),
+            Method::Delete => call.unary(GatewayService::delete),
+            Method::BatchGet => call.unary(GatewayService::batch_get),
+            Method::BatchWrite => call.unary(GatewayService::batch_write),
+            Method::Scan => call.unary(GatewayService::scan),
+            Method::Touch => call.unary(GatewayService::touch),
+            Method::Increment => call.unary(GatewayService::increment),
+            Method::AwaitPersisted => call.unary(GatewayService::await_persisted),
+            Method::WriteStream => call.stream(),
+            Method::Other => self.foreign(unimplemented()),
+        }
     }
 
-    /// The request of a stream, which lasts for as long as its client said, if it said so.
-    fn lasting(mut request: Request<Incoming>) -> Request<Arrival> {
-        let deadline = stream_deadline(request.headers());
-        request.extensions_mut().insert(deadline);
-        request.map(|body| Arrival::new(body, None))
+    /// A call that tonic answers, whose failures are put into our own words.
+    fn foreign(&self, call: impl Future<Output = Response<Body>> + Send + 'static) -> Answering {
+        let message_bytes_max = self.limits.message_bytes_max;
+        Box::pin(async move { own_status(call.await, message_bytes_max).map(Content::tonic) })
     }
 
     /// The largest message of a method.
@@ -140,22 +139,80 @@ impl Router {
     }
 }
 
+fn method(name: &str) -> Method {
+    match name {
+        "Get" => Method::Get,
+        "Put" => Method::Put,
+        "Delete" => Method::Delete,
+        "BatchGet" => Method::BatchGet,
+        "BatchWrite" => Method::BatchWrite,
+        "WriteStream" => Method::WriteStream,
+        "Scan" => Method::Scan,
+        "Touch" => Method::Touch,
+        "Increment" => Method::Increment,
+        "AwaitPersisted" => Method::AwaitPersisted,
+        _ => Method::Other,
+    }
+}
+
+/// A call of the gateway's own service.
+struct Call<'a> {
+    router: &'a Router,
+    method: Method,
+    request: Request<Incoming>,
+    arrived: Instant,
+}
+
+impl Call<'_> {
+    /// Has its one message handled, which has to arrive before the deadline of the call.
+    fn unary<Q, A, F>(self, handle: fn(Arc<GatewayService>, Q, Instant) -> F) -> Answering
+    where
+        Q: Message + Default + 'static,
+        A: Message + 'static,
+        F: Future<Output = Result<A, Status>> + Send + 'static,
+    {
+        let Router { gateway, limits, .. } = self.router;
+        let message_bytes_max = self.router.message_bytes_max(self.method);
+        let deadline = limits.deadlines.deadline(self.request.headers(), self.arrived);
+        let encoding = unary::encoding(self.request.headers());
+        let body = Arrival::new(self.request.into_body(), Some(deadline));
+        let gateway = Arc::clone(gateway);
+        Box::pin(async move {
+            let handle = |message| handle(gateway, message, deadline);
+            match unary(body, encoding, message_bytes_max, handle).await {
+                Ok(message) => unary::answered(Content::Message(message)),
+                Err(status) => status.into_http::<Body>().map(Content::tonic),
+            }
+        })
+    }
+
+    /// The stream of writes, which lasts for as long as its client said, if it said so.
+    fn stream(self) -> Answering {
+        let limits = &self.router.limits;
+        let deadline = stream_deadline(self.request.headers());
+        let writing = Writing::new(Arc::clone(&self.router.gateway), deadline);
+        let request = self.request.map(|body| Arrival::new(body, None));
+        let mut grpc = Grpc::new(Codec::default()).max_decoding_message_size(limits.message_bytes_max);
+        self.router
+            .foreign(async move { grpc.streaming(writing, request).await })
+    }
+}
+
 impl hyper::service::Service<Request<Incoming>> for Router {
     type Response = Response<AnswerBody>;
     type Error = std::convert::Infallible;
     type Future = CountedCall;
 
     fn call(&self, request: Request<Incoming>) -> CountedCall {
-        let started = Instant::now();
-        let (method, call) = self.route(request);
+        let arrived = Instant::now();
+        let (method, call) = self.route(request, arrived);
         self.counters.begin(method);
         CountedCall {
             call,
-            message_bytes_max: self.message_bytes_max(method),
             unread_max: self.limits.stream_unread_max,
             count: Some(Count {
                 method,
-                started,
+                arrived,
                 counters: Arc::clone(&self.counters),
                 answered: false,
             }),
@@ -166,7 +223,7 @@ impl hyper::service::Service<Request<Incoming>> for Router {
 /// One call, counted once: by the code of its answer, or as CANCELLED when its client went away first.
 struct Count {
     method: Method,
-    started: Instant,
+    arrived: Instant,
     counters: Arc<ThreadCounters>,
     answered: bool,
 }
@@ -174,7 +231,7 @@ struct Count {
 impl Count {
     fn answered(&mut self, code: Code) {
         self.answered = true;
-        self.counters.call(self.method, code, self.started.elapsed());
+        self.counters.call(self.method, code, self.arrived.elapsed());
     }
 }
 
@@ -189,8 +246,7 @@ impl Drop for Count {
 
 /// A call that is counted.
 pub(crate) struct CountedCall {
-    call: Call,
-    message_bytes_max: usize,
+    call: Answering,
     unread_max: Duration,
     /// Goes with the body of a stream that began, and ends with it.
     count: Option<Count>,
@@ -203,7 +259,6 @@ impl Future for CountedCall {
         let Poll::Ready(response) = self.call.as_mut().poll(context) else {
             return Poll::Pending;
         };
-        let response = own_status(response, self.message_bytes_max);
         // An answer without a status in its headers carries it behind its messages.
         let code = status_code(response.headers());
         let mut count = self.count.take();
@@ -213,9 +268,8 @@ impl Future for CountedCall {
             count.answered(code.unwrap_or(Code::Ok));
         }
         let unread_max = (!lasts).then_some(self.unread_max);
-        Poll::Ready(Ok(response.map(|body| AnswerBody {
-            body,
-            rest: Bytes::new(),
+        Poll::Ready(Ok(response.map(|content| AnswerBody {
+            content,
             unread_max,
             count,
         })))
@@ -226,11 +280,25 @@ impl Future for CountedCall {
 /// dropped with a client that takes nothing.
 const HANDED_BYTES_MAX: usize = 32 * 1024;
 
+/// What is left of an answer.
+pub(crate) enum Content {
+    /// A message, and then that all is well.
+    Message(Bytes),
+    /// What tonic has made, of which the part that was taken last may be left.
+    Tonic(Body, Bytes),
+    /// Nothing.
+    Ended,
+}
+
+impl Content {
+    fn tonic(body: Body) -> Content {
+        Content::Tonic(body, Bytes::new())
+    }
+}
+
 /// An answer on its way to its client, part by part.
 pub(crate) struct AnswerBody {
-    body: Body,
-    /// What is left of the part of `body` that was taken last.
-    rest: Bytes,
+    content: Content,
     /// How long its client may take nothing of it; a stream of writes sees to that itself.
     unread_max: Option<Duration>,
     /// Of a stream, which is counted at its end.
@@ -239,22 +307,33 @@ pub(crate) struct AnswerBody {
 
 impl AnswerBody {
     fn poll_part(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if self.rest.is_empty() {
-            let frame = match Pin::new(&mut self.body).poll_frame(context) {
-                Poll::Ready(Some(Ok(frame))) => frame,
-                other => return other,
-            };
-            if let Some(code) = frame.trailers_ref().and_then(status_code)
-                && let Some(mut count) = self.count.take()
-            {
-                count.answered(code);
+        let data = match &mut self.content {
+            Content::Ended => return Poll::Ready(None),
+            Content::Message(rest) if rest.is_empty() => {
+                self.content = Content::Ended;
+                return Poll::Ready(Some(Ok(Frame::trailers(unary::ok()))));
             }
-            match frame.into_data() {
-                Ok(data) => self.rest = data,
-                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            Content::Message(rest) => rest,
+            Content::Tonic(body, rest) => {
+                if rest.is_empty() {
+                    let frame = match Pin::new(body).poll_frame(context) {
+                        Poll::Ready(Some(Ok(frame))) => frame,
+                        other => return other,
+                    };
+                    if let Some(code) = frame.trailers_ref().and_then(status_code)
+                        && let Some(mut count) = self.count.take()
+                    {
+                        count.answered(code);
+                    }
+                    match frame.into_data() {
+                        Ok(data) => *rest = data,
+                        Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                    }
+                }
+                rest
             }
-        }
-        let part = self.rest.split_to(self.rest.len().min(HANDED_BYTES_MAX));
+        };
+        let part = data.split_to(data.len().min(HANDED_BYTES_MAX));
         Poll::Ready(Some(Ok(Frame::data(part))))
     }
 }
@@ -276,16 +355,24 @@ impl HttpBody for AnswerBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.is_end_stream()
+        match &self.content {
+            Content::Message(_) => false,
+            Content::Tonic(body, rest) => rest.is_empty() && body.is_end_stream(),
+            Content::Ended => true,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        // hyper asks before the first part is taken.
-        self.body.size_hint()
+        match &self.content {
+            // hyper asks before the first part is taken.
+            Content::Tonic(body, _) => body.size_hint(),
+            // A length would be one header more.
+            Content::Message(_) | Content::Ended => SizeHint::default(),
+        }
     }
 }
 
-pub(crate) fn answer<F>(call: F) -> Call
+pub(crate) fn answer<F>(call: F) -> TonicCall
 where
     F: Future<Output = Result<Response<Body>, std::convert::Infallible>> + Send + 'static,
 {
@@ -297,7 +384,7 @@ where
     })
 }
 
-pub(crate) fn unimplemented() -> Call {
+pub(crate) fn unimplemented() -> TonicCall {
     let status = Status::unimplemented("no such service or method: server reflection lists what there is");
     Box::pin(std::future::ready(status.into_http()))
 }
@@ -336,14 +423,8 @@ pub(crate) fn own_status(response: Response<Body>, message_bytes_max: usize) -> 
 /// What a code without our details says of a message that tonic could not read.
 pub(crate) fn unread(code: Code, message_bytes_max: usize) -> Option<Error> {
     match code {
-        Code::OutOfRange => Some(Error::new(
-            ErrorKind::TooLarge,
-            format!("the request is larger than the {message_bytes_max} bytes that this server reads: send less"),
-        )),
-        Code::Internal | Code::Unknown => Some(Error::new(
-            ErrorKind::Invalid,
-            "the request is no complete gRPC message: check its length prefix, its compression flag and its encoding",
-        )),
+        Code::OutOfRange => Some(unary::too_large(message_bytes_max)),
+        Code::Internal | Code::Unknown => Some(unary::no_message()),
         _ => None,
     }
 }

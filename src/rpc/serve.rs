@@ -35,7 +35,6 @@ use crate::{
     gateway::{Gateway, GatewayParts},
     rpc::{
         connection,
-        proto::gateway_server::GatewayServer,
         reflection::Reflection,
         router::Router,
         service::{CallLimits, Deadlines, GatewayService},
@@ -348,15 +347,13 @@ impl ServingThread {
             stream_idle_max: self.config.stream_idle_max,
             stream_unread_max: self.config.stream_unread_max,
         };
-        let service = Arc::new(GatewayService::new(gateway, limits, self.stop.clone()));
-        let reading = |bytes_max| {
-            GatewayServer::from_arc(Arc::clone(&service))
-                .max_decoding_message_size(bytes_max)
-                .max_encoding_message_size(usize::MAX)
-        };
+        let gateway = Arc::new(GatewayService {
+            gateway,
+            limits,
+            stop: self.stop.clone(),
+        });
         Router {
-            gateway: reading(limits.message_bytes_max),
-            batches: reading(limits.batch_bytes_max),
+            gateway,
             health: HealthServer::new(HealthService::from_health_reporter(self.health.clone()))
                 .max_decoding_message_size(HEALTH_MESSAGE_BYTES_MAX),
             reflection: self.reflection.clone(),

@@ -1,14 +1,15 @@
-//! The service of `tidegate.v1.Gateway`: decode, call the gateway, encode. It decides nothing.
+//! The service of `tidegate.v1.Gateway`: what each of its unary methods asks of the gateway, and how it is answered. It decides nothing.
 //!
-//! Owns the translation of a call's deadline. Does not own the stream of writes (`rpc/stream.rs`). Cancellation: when a client goes away
-//! tonic drops the method's future; a read ends there, a write goes on once the gateway admitted it (see [`crate::gateway`]).
+//! Owns the translation of a call's deadline. Does not own the framing of messages (`rpc/unary.rs`), nor the stream of writes
+//! (`rpc/stream.rs`). Cancellation: when a client goes away hyper drops the method's future; a read ends there, a write goes on once the
+//! gateway admitted it (see [`crate::gateway`]).
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::HeaderMap;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::Status;
 
 use crate::{
     error::{Error, ErrorKind},
@@ -20,10 +21,8 @@ use crate::{
             AwaitPersistedRequest, AwaitPersistedResponse, BatchGetRequest, BatchGetResponse, BatchWriteRequest,
             BatchWriteResponse, DeleteRequest, DeleteResponse, GetRequest, GetResponse, IncrementRequest,
             IncrementResponse, PutRequest, PutResponse, ScanRequest, ScanResponse, TouchRequest, TouchResponse,
-            WriteStreamRequest, gateway_server::Gateway as GatewayRpc,
         },
         status::{to_status, to_status_about},
-        stream::{Answers, Writes},
     },
 };
 
@@ -51,30 +50,23 @@ pub(crate) struct Deadlines {
 }
 
 /// The service, one for each serving thread.
-#[derive(Clone)]
 pub(crate) struct GatewayService {
-    gateway: Gateway,
-    limits: CallLimits,
+    pub(crate) gateway: Gateway,
+    pub(crate) limits: CallLimits,
     /// Tells streams, and calls that wait for others, that the gateway shuts down.
-    stop: CancellationToken,
-}
-
-impl GatewayService {
-    pub(crate) fn new(gateway: Gateway, limits: CallLimits, stop: CancellationToken) -> GatewayService {
-        GatewayService { gateway, limits, stop }
-    }
+    pub(crate) stop: CancellationToken,
 }
 
 impl Deadlines {
-    /// Until when a call with these headers may take, counted from now: from their arrival.
-    pub(crate) fn deadline(&self, headers: &HeaderMap) -> Deadline {
-        Deadline(Instant::now() + asked(headers).unwrap_or(self.default).min(self.max))
+    /// Until when a call with these headers may take, counted from their arrival.
+    pub(crate) fn deadline(&self, headers: &HeaderMap, arrived: Instant) -> Instant {
+        arrived + asked(headers).unwrap_or(self.default).min(self.max)
     }
 }
 
 /// Until when a stream with these headers may last: for as long as its client said, or without end.
-pub(crate) fn stream_deadline(headers: &HeaderMap) -> StreamDeadline {
-    StreamDeadline(asked(headers).and_then(|asked| Instant::now().checked_add(asked)))
+pub(crate) fn stream_deadline(headers: &HeaderMap) -> Option<Instant> {
+    asked(headers).and_then(|asked| Instant::now().checked_add(asked))
 }
 
 /// How much time a client gives a call.
@@ -82,26 +74,9 @@ fn asked(headers: &HeaderMap) -> Option<Duration> {
     timeout(headers.get("grpc-timeout")?.to_str().ok()?)
 }
 
-/// A stream's deadline, if it has one, which the router leaves with the request.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct StreamDeadline(Option<Instant>);
-
-/// A call's deadline, which the router leaves with the request.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Deadline(pub(crate) Instant);
-
-pub(crate) fn deadline<T>(request: &Request<T>) -> Instant {
-    request
-        .extensions()
-        .get::<Deadline>()
-        .map_or_else(Instant::now, |deadline| deadline.0)
-}
-
-#[tonic::async_trait]
-impl GatewayRpc for GatewayService {
-    async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
-        let deadline = deadline(&request);
-        let (key, options) = convert::get(request.get_ref()).map_err(to_status)?;
+impl GatewayService {
+    pub(crate) async fn get(self: Arc<Self>, request: GetRequest, deadline: Instant) -> Result<GetResponse, Status> {
+        let (key, options) = convert::get(&request).map_err(to_status)?;
         let found = self.gateway.get(&key, options, deadline);
         let found = match options.freshness.min_version {
             None => found.await,
@@ -110,27 +85,24 @@ impl GatewayRpc for GatewayService {
                 .unwrap_or_else(|| Err(shutting_down())),
         };
         let found = found.map_err(to_status)?;
-        Ok(Response::new(convert::get_response(found)))
+        Ok(convert::get_response(found))
     }
 
-    async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
-        let deadline = deadline(&request);
-        let write = convert::put(request.into_inner(), self.limits.value_bytes_max).map_err(to_status)?;
+    pub(crate) async fn put(self: Arc<Self>, request: PutRequest, deadline: Instant) -> Result<PutResponse, Status> {
+        let write = convert::put(request, self.limits.value_bytes_max).map_err(to_status)?;
         let written = write_while_running(&self.gateway, &self.stop, write, deadline).await;
         let written = written.map_err(to_status)?;
-        Ok(Response::new(convert::put_response(written)))
+        Ok(convert::put_response(written))
     }
 
-    async fn batch_get(&self, request: Request<BatchGetRequest>) -> Result<Response<BatchGetResponse>, Status> {
-        let deadline = deadline(&request);
-        let (keys, options) = convert::batch_get(request.get_ref()).map_err(to_status)?;
+    pub(crate) async fn batch_get(self: Arc<Self>, request: BatchGetRequest, deadline: Instant) -> Result<BatchGetResponse, Status> {
+        let (keys, options) = convert::batch_get(&request).map_err(to_status)?;
         let answers = self.gateway.get_all(&keys, options, deadline).await;
-        Ok(Response::new(convert::batch_get_response(answers)))
+        Ok(convert::batch_get_response(answers))
     }
 
-    async fn batch_write(&self, request: Request<BatchWriteRequest>) -> Result<Response<BatchWriteResponse>, Status> {
-        let deadline = deadline(&request);
-        let items = convert::batch_write(request.into_inner(), self.limits.value_bytes_max).map_err(to_status)?;
+    pub(crate) async fn batch_write(self: Arc<Self>, request: BatchWriteRequest, deadline: Instant) -> Result<BatchWriteResponse, Status> {
+        let items = convert::batch_write(request, self.limits.value_bytes_max).map_err(to_status)?;
         let mut valid = Vec::with_capacity(items.len());
         // What is invalid has its answer; what is not has its place.
         let judged: Vec<Option<Error>> = items
@@ -151,44 +123,29 @@ impl GatewayRpc for GatewayService {
             None => outcomes.next().unwrap_or_else(|| Err(unanswered())),
         };
         let results = judged.into_iter().map(outcome).map(convert::write_result).collect();
-        Ok(Response::new(BatchWriteResponse { results }))
+        Ok(BatchWriteResponse { results })
     }
 
-    type WriteStreamStream = Answers;
-
-    async fn write_stream(&self, request: Request<Streaming<WriteStreamRequest>>) -> Result<Response<Answers>, Status> {
-        let deadline = request.extensions().get::<StreamDeadline>().and_then(|given| given.0);
-        let writes = Writes::new(self.gateway.clone(), self.limits, deadline, self.stop.clone());
-        Ok(Response::new(writes.start(request.into_inner())))
-    }
-
-    async fn scan(&self, request: Request<ScanRequest>) -> Result<Response<ScanResponse>, Status> {
-        let deadline = deadline(&request);
-        let scan = convert::scan(request.into_inner()).map_err(to_status)?;
+    pub(crate) async fn scan(self: Arc<Self>, request: ScanRequest, deadline: Instant) -> Result<ScanResponse, Status> {
+        let scan = convert::scan(request).map_err(to_status)?;
         let page = self.gateway.scan(scan, deadline).await.map_err(to_status)?;
-        Ok(Response::new(convert::scan_response(page)))
+        Ok(convert::scan_response(page))
     }
 
-    async fn touch(&self, request: Request<TouchRequest>) -> Result<Response<TouchResponse>, Status> {
-        let deadline = deadline(&request);
-        let touch = convert::touch(request.get_ref()).map_err(to_status)?;
+    pub(crate) async fn touch(self: Arc<Self>, request: TouchRequest, deadline: Instant) -> Result<TouchResponse, Status> {
+        let touch = convert::touch(&request).map_err(to_status)?;
         let touched = self.gateway.touch(touch, deadline).await.map_err(to_status)?;
-        Ok(Response::new(convert::touch_response(touched)))
+        Ok(convert::touch_response(touched))
     }
 
-    async fn increment(&self, request: Request<IncrementRequest>) -> Result<Response<IncrementResponse>, Status> {
-        let deadline = deadline(&request);
-        let increment = convert::increment(request.get_ref()).map_err(to_status)?;
+    pub(crate) async fn increment(self: Arc<Self>, request: IncrementRequest, deadline: Instant) -> Result<IncrementResponse, Status> {
+        let increment = convert::increment(&request).map_err(to_status)?;
         let counted = self.gateway.increment(increment, deadline).await.map_err(to_status)?;
-        Ok(Response::new(convert::increment_response(counted)))
+        Ok(convert::increment_response(counted))
     }
 
-    async fn await_persisted(
-        &self,
-        request: Request<AwaitPersistedRequest>,
-    ) -> Result<Response<AwaitPersistedResponse>, Status> {
-        let deadline = deadline(&request);
-        let answer = match convert::await_persisted(request.get_ref()).map_err(to_status)? {
+    pub(crate) async fn await_persisted(self: Arc<Self>, request: AwaitPersistedRequest, deadline: Instant) -> Result<AwaitPersistedResponse, Status> {
+        let answer = match convert::await_persisted(&request).map_err(to_status)? {
             AwaitedWrite::One(key, version) => {
                 let stored = self.gateway.await_persisted(&key, version, deadline);
                 let stored = while_running(&self.stop, stored).await;
@@ -209,15 +166,14 @@ impl GatewayRpc for GatewayService {
                 }
             }
         };
-        Ok(Response::new(answer))
+        Ok(answer)
     }
 
-    async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
-        let deadline = deadline(&request);
-        let write = convert::delete(request.get_ref()).map_err(to_status)?;
+    pub(crate) async fn delete(self: Arc<Self>, request: DeleteRequest, deadline: Instant) -> Result<DeleteResponse, Status> {
+        let write = convert::delete(&request).map_err(to_status)?;
         let written = write_while_running(&self.gateway, &self.stop, write, deadline).await;
         let written = written.map_err(to_status)?;
-        Ok(Response::new(convert::delete_response(written)))
+        Ok(convert::delete_response(written))
     }
 }
 

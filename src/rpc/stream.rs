@@ -13,7 +13,9 @@
 use std::{
     collections::{HashSet, VecDeque},
     convert::Infallible,
+    future::{Ready, ready},
     pin::{Pin, pin},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -25,7 +27,7 @@ use tokio::{
     time::{Instant, Sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, codegen::tokio_stream::Stream};
+use tonic::{Request, Response, Status, Streaming, codegen::tokio_stream::Stream, server::StreamingService};
 
 use crate::{
     error::{Error, ErrorKind},
@@ -36,7 +38,7 @@ use crate::{
         convert::{self, violate},
         proto::{WriteResult, WriteStreamRequest, WriteStreamResponse},
         router::unread,
-        service::{CallLimits, shutting_down, write_while_running},
+        service::{CallLimits, GatewayService, shutting_down, write_while_running},
         status::to_status,
     },
 };
@@ -80,10 +82,34 @@ impl Stream for Answers {
     }
 }
 
+/// The method of the stream: its writes, until its client's deadline.
+pub(crate) struct Writing {
+    service: Arc<GatewayService>,
+    deadline: Option<Instant>,
+}
+
+impl Writing {
+    pub(crate) fn new(service: Arc<GatewayService>, deadline: Option<Instant>) -> Writing {
+        Writing { service, deadline }
+    }
+}
+
+impl StreamingService<WriteStreamRequest> for Writing {
+    type Response = WriteStreamResponse;
+    type ResponseStream = Answers;
+    type Future = Ready<Result<Response<Answers>, Status>>;
+
+    fn call(&mut self, request: Request<Streaming<WriteStreamRequest>>) -> Self::Future {
+        let GatewayService { gateway, limits, stop } = &*self.service;
+        let writes = Writes::new(gateway.clone(), *limits, self.deadline, stop.clone());
+        ready(Ok(Response::new(writes.start(request.into_inner()))))
+    }
+}
+
 type Outcome = Pin<Box<dyn Future<Output = (u64, Result<Written, Error>)> + Send>>;
 
 /// The writes of one stream.
-pub(crate) struct Writes {
+struct Writes {
     gateway: Gateway,
     limits: CallLimits,
     /// Tells that the gateway shuts down.
@@ -130,7 +156,7 @@ enum End {
 }
 
 impl Writes {
-    pub(crate) fn new(
+    fn new(
         gateway: Gateway,
         limits: CallLimits,
         deadline: Option<Instant>,
@@ -151,7 +177,7 @@ impl Writes {
     }
 
     /// Starts the stream's task. It ends with the stream, or once nobody hears its answers.
-    pub(crate) fn start(mut self, requests: Streaming<WriteStreamRequest>) -> Answers {
+    fn start(mut self, requests: Streaming<WriteStreamRequest>) -> Answers {
         let (sender, answers) = mpsc::channel(ANSWERS_MAX);
         let (end_sender, end) = oneshot::channel();
         let (heard, unheard) = oneshot::channel::<Infallible>();

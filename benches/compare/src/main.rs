@@ -96,7 +96,7 @@ async fn probe(arguments: &[String]) -> Result<(), Failure> {
     let no_l1 = Setup::new()
         .store(&postgres::database().await)
         .redis(&redis.url())
-        .config("[cache]\nredis_prefix = \"nol1\"\n[cache.l1]\nbytes_max = 0")
+        .config("[memory]\nbytes_max = 0\n[redis]\nprefix = \"nol1:\"")
         .start()
         .await;
     let embedded = Setup::new().start().await;

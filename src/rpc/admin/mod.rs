@@ -43,7 +43,7 @@ use crate::{
         connection,
         proto::admin_server::AdminServer,
         reflection::Reflection,
-        router::{Call, answer, not_grpc, own_status, unimplemented},
+        router::{TonicCall, answer, not_grpc, own_status, unimplemented},
         serve::{ACCEPT_REST, FLUSH_WAIT, HEALTH_MESSAGE_BYTES_MAX},
         service::Deadlines,
     },
@@ -142,7 +142,7 @@ impl Admin {
         let _ = timeout(FLUSH_WAIT, async { while connections.join_next().await.is_some() {} }).await;
     }
 
-    fn route(&self, mut request: Request<Incoming>) -> Call {
+    fn route(&self, mut request: Request<Incoming>) -> TonicCall {
         if let Some(refusal) = not_grpc(&request) {
             return Box::pin(std::future::ready(refusal));
         }
@@ -166,9 +166,10 @@ impl Admin {
             "/tidegate.v1.Admin/Warm" => &UNHURRIED,
             _ => &DEADLINES,
         };
-        let deadline = deadlines.deadline(request.headers());
-        request.extensions_mut().insert(deadline);
-        let arrives_by = deadline.0.min(Instant::now() + DEADLINE_DEFAULT);
+        let arrived = Instant::now();
+        let deadline = deadlines.deadline(request.headers(), arrived);
+        request.extensions_mut().insert(Deadline(deadline));
+        let arrives_by = deadline.min(arrived + DEADLINE_DEFAULT);
         let request = request.map(|body| Arrival::new(body, Some(arrives_by)));
         if is_admin {
             answer(self.admin.clone().call(request))
@@ -177,6 +178,10 @@ impl Admin {
         }
     }
 }
+
+/// A call's deadline, which the router leaves with the request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadline(pub(super) Instant);
 
 const DEADLINES: Deadlines = Deadlines {
     default: DEADLINE_DEFAULT,
@@ -200,7 +205,7 @@ impl hyper::service::Service<Request<Incoming>> for Admin {
 }
 
 /// A call whose failures are put into our own words.
-pub struct Answering(Call);
+pub struct Answering(TonicCall);
 
 impl Future for Answering {
     type Output = Result<Response<Body>, Infallible>;

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, codegen::tokio_stream::Stream};
 
-use super::convert;
+use super::{Deadline, convert};
 use crate::{
     clock::wall_time,
     error::{Error, ErrorKind},
@@ -31,7 +31,6 @@ use crate::{
             InvalidateRequest, InvalidateResponse, StatsRequest, StatsResponse, WarmRequest, WarmResponse,
             admin_server::Admin as AdminRpc,
         },
-        service::deadline,
         status::to_status,
     },
     telemetry::calls::CallMetrics,
@@ -63,6 +62,11 @@ impl AdminService {
             stop,
         }
     }
+}
+
+fn deadline<T>(request: &Request<T>) -> Instant {
+    let deadline = request.extensions().get::<Deadline>();
+    deadline.map_or_else(Instant::now, |deadline| deadline.0)
 }
 
 #[tonic::async_trait]
