@@ -3,18 +3,20 @@
 //! Owns the bytes, both ways. Does not own how a message travels (`redis` does) nor what is done when one is heard (the gateway). Invariants:
 //! decoding is total, and what it does not know for certain is foreign; a message that decodes is the one that was encoded, byte for byte.
 //!
+//! What is told at once begins with the origin, eight bytes, big-endian; then its messages, at least one:
+//!
 //! | bytes | what |
 //! |---|---|
-//! | 0..8 | the origin, big-endian |
-//! | 8 | the kind, from 1 on in the order of [`Message`] |
-//! | 9..17 | the version, positive, big-endian; 0 where there is none |
-//! | 17.. | the namespace, NUL, the key or the prefix; both empty where there is none |
+//! | 0 | the kind, from 1 on in the order of [`Message`] |
+//! | 1..9 | the version, positive, big-endian; 0 where there is none |
+//! | 9..11 | how many bytes follow, big-endian |
+//! | 11.. | the namespace, NUL, the key or the prefix; both empty where there is none |
 
 use std::fmt;
 
 use crate::model::{KEY_BYTES_MAX, Key, Version, check_namespace};
 
-const HEAD_BYTES: usize = 17;
+const HEAD_BYTES: usize = 11;
 
 const WRITTEN: u8 = 1;
 const DROPPED: u8 = 2;
@@ -30,6 +32,11 @@ impl Origin {
     /// An origin that no other process has, but by a chance of one in 2^64.
     pub fn random() -> Origin {
         Origin(rand::random())
+    }
+
+    /// The bytes of an origin.
+    pub(super) fn encode(self) -> [u8; 8] {
+        self.0.to_be_bytes()
     }
 
     /// Who sent a message, without a look at the rest of it.
@@ -83,8 +90,8 @@ pub enum Message {
 pub struct Foreign;
 
 impl Message {
-    /// The bytes of a message. One with a namespace or a prefix that no key can have is foreign to whoever hears it.
-    pub fn encode(&self, origin: Origin) -> Vec<u8> {
+    /// The bytes of a message, to follow its origin's. One with a namespace or a prefix that no key can have is foreign to whoever hears it.
+    pub fn encode(&self) -> Vec<u8> {
         let (kind, version, namespace, key) = match self {
             Message::Written { key, version } => (WRITTEN, version.get(), key.namespace(), key.key()),
             Message::Dropped { key, version } => (DROPPED, version.get(), key.namespace(), key.key()),
@@ -94,26 +101,47 @@ impl Message {
             }
             Message::EpochMoved => (EPOCH_MOVED, 0, "", ""),
         };
-        let mut bytes = Vec::with_capacity(HEAD_BYTES + namespace.len() + 1 + key.len());
-        bytes.extend_from_slice(&origin.0.to_be_bytes());
+        let names = namespace.len() + 1 + key.len();
+        let mut bytes = Vec::with_capacity(HEAD_BYTES + names);
         bytes.push(kind);
         bytes.extend_from_slice(&version.to_be_bytes());
+        // No key is so long.
+        bytes.extend_from_slice(&u16::try_from(names).unwrap_or(u16::MAX).to_be_bytes());
         bytes.extend_from_slice(namespace.as_bytes());
         bytes.push(0);
         bytes.extend_from_slice(key.as_bytes());
         bytes
     }
 
-    /// The message that the bytes are, and who sent it.
+    /// A message by itself, with its origin.
+    pub fn told(&self, origin: Origin) -> Vec<u8> {
+        [&origin.encode()[..], &self.encode()].concat()
+    }
+
+    /// The messages that the bytes are, and who sent them.
     ///
     /// # Errors
-    /// [`Foreign`] for anything that [`Message::encode`] does not make of a valid message.
-    pub fn decode(bytes: &[u8]) -> Result<(Origin, Message), Foreign> {
+    /// [`Foreign`] for anything that is not an origin and what [`Message::encode`] makes of valid messages.
+    pub fn decode(bytes: &[u8]) -> Result<(Origin, Vec<Message>), Foreign> {
         let origin = Origin::of(bytes).ok_or(Foreign)?;
-        let rest = &bytes[8..];
-        let (kind, rest) = rest.split_first().ok_or(Foreign)?;
-        let (version, names) = rest.split_first_chunk().ok_or(Foreign)?;
+        let mut rest = &bytes[8..];
+        let mut messages = Vec::new();
+        while messages.is_empty() || !rest.is_empty() {
+            let (message, behind) = Message::decode_first(rest)?;
+            messages.push(message);
+            rest = behind;
+        }
+        Ok((origin, messages))
+    }
+
+    /// The first of the messages, and what is behind it.
+    fn decode_first(bytes: &[u8]) -> Result<(Message, &[u8]), Foreign> {
+        let (kind, rest) = bytes.split_first().ok_or(Foreign)?;
+        let (version, rest) = rest.split_first_chunk().ok_or(Foreign)?;
         let version = i64::from_be_bytes(*version);
+        let (length, rest) = rest.split_first_chunk().ok_or(Foreign)?;
+        let length = usize::from(u16::from_be_bytes(*length));
+        let (names, behind) = rest.split_at_checked(length).ok_or(Foreign)?;
         let names = str::from_utf8(names).map_err(|_| Foreign)?;
         let (namespace, name) = names.split_once('\0').ok_or(Foreign)?;
         let key = || Key::new(namespace, name).map_err(|_| Foreign);
@@ -136,7 +164,7 @@ impl Message {
             (EPOCH_MOVED, 0) if names == "\0" => Message::EpochMoved,
             _ => return Err(Foreign),
         };
-        Ok((origin, message))
+        Ok((message, behind))
     }
 }
 
@@ -173,11 +201,16 @@ mod tests {
         ]
     }
 
+    fn told(origin: Origin, messages: &[Message]) -> Vec<u8> {
+        let messages = messages.iter().flat_map(Message::encode);
+        origin.encode().into_iter().chain(messages).collect()
+    }
+
     proptest! {
         #[test]
-        fn a_message_comes_back_as_it_went(message in message(), origin in any::<u64>()) {
-            let bytes = message.encode(Origin(origin));
-            prop_assert_eq!(Message::decode(&bytes), Ok((Origin(origin), message)));
+        fn messages_come_back_as_they_went(messages in vec(message(), 1..4), origin in any::<u64>()) {
+            let bytes = told(Origin(origin), &messages);
+            prop_assert_eq!(Message::decode(&bytes), Ok((Origin(origin), messages)));
         }
 
         #[test]
@@ -185,28 +218,28 @@ mod tests {
             message in message(), cut in any::<prop::sample::Index>(), changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
             tail in vec(any::<u8>(), 0..8)
         ) {
-            let mut bytes = message.encode(Origin(7));
+            let mut bytes = message.told(Origin(7));
             for (at, byte) in changes {
                 let at = at.index(bytes.len());
                 bytes[at] = byte;
             }
             bytes.extend_from_slice(&tail);
             bytes.truncate(cut.index(bytes.len() * 3));
-            if let Ok((origin, message)) = Message::decode(&bytes) {
-                prop_assert_eq!(message.encode(origin), bytes);
+            if let Ok((origin, messages)) = Message::decode(&bytes) {
+                prop_assert_eq!(told(origin, &messages), bytes);
             }
         }
 
         #[test]
-        fn a_message_that_was_cut_short_before_its_names_end_is_foreign(message in message(), cut in 0..HEAD_BYTES + 1) {
-            let bytes = message.encode(Origin(7));
-            prop_assert_eq!(Message::decode(&bytes[..cut]), Err(Foreign));
+        fn what_was_cut_short_within_a_message_is_foreign(message in message(), cut in any::<prop::sample::Index>()) {
+            let bytes = message.told(Origin(7));
+            prop_assert_eq!(Message::decode(&bytes[..cut.index(bytes.len())]), Err(Foreign));
         }
 
         #[test]
         fn any_bytes_are_a_message_or_foreign(bytes in vec(any::<u8>(), 0..64)) {
-            if let Ok((origin, message)) = Message::decode(&bytes) {
-                prop_assert_eq!(message.encode(origin), bytes);
+            if let Ok((origin, messages)) = Message::decode(&bytes) {
+                prop_assert_eq!(told(origin, &messages), bytes);
             }
         }
     }
@@ -217,6 +250,8 @@ mod tests {
             let mut bytes = vec![0; 8];
             bytes.push(kind);
             bytes.extend_from_slice(&version.to_be_bytes());
+            let length = u16::try_from(names.len()).expect("short");
+            bytes.extend_from_slice(&length.to_be_bytes());
             bytes.extend_from_slice(names.as_bytes());
             bytes
         };

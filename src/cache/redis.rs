@@ -13,10 +13,12 @@
 //! stays up, unless a ping is refused too.
 
 pub mod channel;
+mod gather;
 mod link;
 mod many;
 #[cfg(feature = "planted-faults")]
 mod planted;
+mod questions;
 mod server;
 mod whole;
 
@@ -38,7 +40,11 @@ use crate::{
         epochs::{Adopted, Epochs},
         layout,
         message::{Message, Origin},
-        redis::link::{Keeper, Link, Standing, ask, tell},
+        redis::{
+            gather::Gather,
+            link::{Keeper, Link, Standing, ask, tell},
+            questions::{Entrance, Look, Publication},
+        },
     },
     model::{Entry, Key, Timestamp, Version, Write},
     telemetry::CacheMetrics,
@@ -143,16 +149,28 @@ pub enum Published {
 }
 
 /// L2, over one connection that belongs to the runtime on which it was started. Dropping it ends its keeper.
-#[derive(Debug)]
 pub struct RedisCache {
+    slots: Arc<Slots>,
+    looks: Gather<Look>,
+    entrances: Gather<Entrance>,
+    publications: Gather<Publication>,
+    /// Where this process hears its own beats.
+    beats: String,
+    load_wait: Duration,
+    _keeper: AbortOnDropHandle<()>,
+}
+
+/// The slots, as they are reached over one connection.
+#[derive(Debug)]
+struct Slots {
     link: Arc<Link>,
     script: Script,
-    config: Config,
     epochs: Arc<Epochs>,
-    /// Who tells the others.
-    origin: Origin,
+    /// How long an answer may take.
+    timeout: Duration,
+    /// Where the others hear what was written, and from whom.
     channel: String,
-    _keeper: AbortOnDropHandle<()>,
+    origin: Origin,
 }
 
 impl RedisCache {
@@ -170,35 +188,46 @@ impl RedisCache {
         let script = SCRIPT;
         #[cfg(feature = "planted-faults")]
         let script = &*planted::or_unguarded(script);
-        RedisCache {
+        let slots = Slots {
             link,
             script: Script::new(script),
-            config: config.clone(),
             epochs,
-            origin,
+            timeout: config.timeout,
             channel: channel::changes(&config.prefix),
+            origin,
+        };
+        RedisCache {
+            slots: Arc::new(slots),
+            looks: Gather::new(),
+            entrances: Gather::new(),
+            publications: Gather::new(),
+            beats: channel::beats(&config.prefix, origin),
+            load_wait: config.load_wait,
             _keeper: AbortOnDropHandle::new(tokio::spawn(keeper.run())),
         }
     }
 
     /// Whether Redis is held to be up.
     pub fn is_up(&self) -> bool {
-        self.link.current().is_some()
+        self.slots.link.current().is_some()
     }
 
     /// The run of the server that answers; it changes with every restart, and with every other server.
     pub fn server(&self) -> Option<Arc<str>> {
-        self.link.current().map(|standing| standing.server)
+        self.slots.link.current().map(|standing| standing.server)
     }
 
     /// Whether it is the server for which the epoch holds that answers: only then copies are shared.
     pub fn is_usable(&self) -> bool {
-        self.adopted().and_then(|adopted| self.link_to(&adopted)).is_ok()
+        self.slots
+            .adopted()
+            .and_then(|adopted| self.slots.link_to(&adopted))
+            .is_ok()
     }
 
     /// How long a read waits for another's load.
     pub fn load_wait(&self) -> Duration {
-        self.config.load_wait
+        self.load_wait
     }
 
     /// The copy of a key; `None` is a miss, as is a value that is not ours. It may be past its lifetime, as a tombstone that is
@@ -209,14 +238,9 @@ impl RedisCache {
     /// # Errors
     /// [`RedisFailure`]: to a reader a miss.
     pub async fn get(&self, key: &Key) -> Result<Option<Copy>, RedisFailure> {
-        let get = async {
-            let adopted = self.adopted()?;
-            let mut command = Cmd::with_capacity(2, 64 + key.bytes());
-            command.arg("GET").arg(self.epochs.place(&adopted, key));
-            self.exchange(&adopted, &command, self.deadline()).await
-        };
-        let slot = get.await.inspect_err(|failure| self.link.count(failure))?;
-        Ok(slot.and_then(|slot| self.decoded(slot)))
+        let slot = self.looks.ask(&self.slots, Look(key.clone())).await;
+        let slot = slot.inspect_err(|failure| self.slots.link.count(failure))?;
+        Ok(slot.and_then(|slot| self.slots.decoded(slot)))
     }
 
     /// Leaves the token of a load, unless another's stands, and says what does.
@@ -226,17 +250,17 @@ impl RedisCache {
     /// # Errors
     /// [`RedisFailure`]: the load is to land nowhere.
     pub async fn claim(&self, key: &Key, token: SlotToken) -> Result<Claimed, RedisFailure> {
-        self.claimed(&self.run(key, "claim", &[&[&token.0]]).await?, token)
+        self.claimed(&self.slots.run(key, "claim", &[&[&token.0]]).await?, token)
     }
 
     fn claimed(&self, answer: &[u8], token: SlotToken) -> Result<Claimed, RedisFailure> {
         let Some((mine, slot)) = answer.split_first() else {
-            return Err(self.foreign());
+            return Err(self.slots.foreign());
         };
         let copy = if slot.is_empty() {
             None
         } else {
-            self.decoded(slot.to_vec())
+            self.slots.decoded(slot.to_vec())
         };
         Ok(Claimed {
             token: (*mine == b'1').then_some(token),
@@ -251,12 +275,9 @@ impl RedisCache {
     /// # Errors
     /// [`RedisFailure`]: what stands is not known.
     pub async fn enter(&self, key: &Key) -> Result<Entered, RedisFailure> {
-        let answer = self.run(key, "enter", &[&[&SlotToken::random().0]]).await?;
-        let (standing, token) = answer.split_at_checked(8).ok_or_else(|| self.foreign())?;
-        Ok(Entered {
-            token: SlotToken(token.try_into().map_err(|_| self.foreign())?),
-            standing: self.version(standing)?,
-        })
+        let entrance = Entrance(key.clone(), SlotToken::random());
+        let entered = self.entrances.ask(&self.slots, entrance).await;
+        entered.inspect_err(|failure| self.slots.link.count(failure))
     }
 
     /// Gives a load's token back. A failure leaves it until it ends.
@@ -264,7 +285,7 @@ impl RedisCache {
     /// # Errors
     /// [`RedisFailure`].
     pub async fn release(&self, key: &Key, token: SlotToken) -> Result<(), RedisFailure> {
-        self.run(key, "release", &[&[&token.0]]).await.map(drop)
+        self.slots.run(key, "release", &[&[&token.0]]).await.map(drop)
     }
 
     /// Offers what the store said since `token` was left; a live record is kept for `grace` beyond its lifetime, to answer while the
@@ -285,6 +306,7 @@ impl RedisCache {
         let value = copy.entry.as_ref().and_then(|entry| entry.value.as_deref());
         let value: [&[u8]; 2] = [&layout::header(copy), value.unwrap_or_default()];
         let answer = self
+            .slots
             .run(key, "load", &[&[&token.0], &value, &[kept.as_bytes()]])
             .await?;
         Ok(answer == b"1")
@@ -304,37 +326,22 @@ impl RedisCache {
         grace: Duration,
     ) -> Result<Published, RedisFailure> {
         let (key, entry) = (&write.key, &write.entry);
-        let message = self.message(Message::Written {
+        let (token, stamped_at, least) = match hold {
+            Hold::Token(token) => (Some(token), None, Duration::ZERO),
+            Hold::Nothing => (None, None, Duration::ZERO),
+            Hold::Fresh => (None, Some(entry.version.stamped_at()), KEPT_MIN),
+        };
+        let publication = Publication {
             key: key.clone(),
             version: entry.version,
-        });
-        let (token, stamped) = match &hold {
-            Hold::Token(token) => (&token.0[..], String::new()),
-            Hold::Nothing => (&[][..], String::new()),
-            Hold::Fresh => (&[][..], entry.version.stamped_at().0.to_string()),
+            token,
+            stamped_at,
+            header: layout::header(copy),
+            value: entry.value.clone(),
+            kept: kept_for(copy, grace).max(least),
         };
-        let least = match hold {
-            Hold::Fresh => KEPT_MIN,
-            Hold::Token(_) | Hold::Nothing => Duration::ZERO,
-        };
-        let kept = millis(kept_for(copy, grace).max(least));
-        let value: [&[u8]; 2] = [&layout::header(copy), entry.value.as_deref().unwrap_or_default()];
-        let arguments: [&[&[u8]]; 6] = [
-            &[self.channel.as_bytes()],
-            &[&message],
-            &[token],
-            &[stamped.as_bytes()],
-            &value,
-            &[kept.as_bytes()],
-        ];
-        match &*self.run(key, "write", &arguments).await? {
-            b"L" => Ok(Published::Late),
-            b"F" => {
-                self.link.count(&RedisFailure::Refused { code: "OOM".to_owned() });
-                Ok(Published::Nothing)
-            }
-            version => Ok(self.version(version)?.map_or(Published::Nothing, Published::Stands)),
-        }
+        let published = self.publications.ask(&self.slots, publication).await;
+        published.inspect_err(|failure| self.slots.link.count(failure))
     }
 
     /// Removes the copy of a key if exactly `version` stands, and tells the other replicas. Whether it did.
@@ -349,7 +356,7 @@ impl RedisCache {
             version,
         };
         let version = version.get().to_be_bytes();
-        Ok(self.tell(key, "drop", message, &[&[&version]]).await? == b"1")
+        Ok(self.slots.tell(key, "drop", &message, &[&[&version]]).await? == b"1")
     }
 
     /// Removes what is older than `version`, and tells the other replicas: a write whose publishing failed has become known.
@@ -364,7 +371,7 @@ impl RedisCache {
             version,
         };
         let version = version.get().to_be_bytes();
-        self.tell(key, "purge", message, &[&[&version]]).await.map(drop)
+        self.slots.tell(key, "purge", &message, &[&[&version]]).await.map(drop)
     }
 
     /// Removes whatever stands of a key, and tells the other replicas. Whether a copy did.
@@ -375,9 +382,11 @@ impl RedisCache {
     /// [`RedisFailure`]: copies may still stand.
     pub async fn invalidate(&self, key: &Key) -> Result<bool, RedisFailure> {
         let message = Message::Invalidated { key: key.clone() };
-        Ok(self.tell(key, "invalidate", message, &[]).await? == b"1")
+        Ok(self.slots.tell(key, "invalidate", &message, &[]).await? == b"1")
     }
+}
 
+impl Slots {
     fn decoded(&self, slot: Vec<u8>) -> Option<Copy> {
         layout::decode(Bytes::from(slot)).unwrap_or_else(|layout::Foreign| {
             self.link.count(&RedisFailure::Foreign);
@@ -394,18 +403,14 @@ impl RedisCache {
         RedisFailure::Foreign
     }
 
-    fn message(&self, message: Message) -> Vec<u8> {
-        message.encode(self.origin)
-    }
-
     async fn tell(
         &self,
         key: &Key,
         act: &str,
-        message: Message,
+        message: &Message,
         arguments: &[&[&[u8]]],
     ) -> Result<Vec<u8>, RedisFailure> {
-        let message = self.message(message);
+        let message = message.told(self.origin);
         let channel: [&[u8]; 1] = [self.channel.as_bytes()];
         let message: [&[u8]; 1] = [&message];
         let mut all: Vec<&[&[u8]]> = vec![&channel, &message];
@@ -416,31 +421,34 @@ impl RedisCache {
     /// Runs the script by its hash; where Redis does not know it (at first, after a restart or SCRIPT FLUSH), by its text, which
     /// makes it known. The parts of an argument are sent as one.
     async fn run(&self, key: &Key, act: &str, arguments: &[&[&[u8]]]) -> Result<Vec<u8>, RedisFailure> {
-        let run = async {
-            let adopted = self.adopted()?;
-            let slot = self.epochs.place(&adopted, key);
-            let bytes: usize = arguments
-                .iter()
-                .flat_map(|parts| parts.iter())
-                .map(|part| part.len())
-                .sum();
-            let command = |how: &str, script: &str| {
-                let mut command = Cmd::with_capacity(5 + arguments.len(), script.len() + slot.len() + bytes + 32);
-                command.arg(how).arg(script).arg(1).arg(&slot).arg(act);
-                for parts in arguments {
-                    write_joined(&mut command, parts);
-                }
-                command
-            };
-            let deadline = self.deadline();
-            let by_hash = command("EVALSHA", self.script.get_hash());
-            let mut answer = self.exchange(&adopted, &by_hash, deadline).await;
-            if matches!(&answer, Err(RedisFailure::Refused { code }) if code == "NOSCRIPT") {
-                answer = self.exchange(&adopted, &command("EVAL", SCRIPT), deadline).await;
+        let argue = |command: &mut Cmd| {
+            for parts in arguments {
+                write_joined(command, parts);
             }
-            answer?.ok_or(RedisFailure::Foreign)
         };
-        run.await.inspect_err(|failure| self.link.count(failure))
+        let answer = self.run_on(&[key], act, argue).await;
+        answer.inspect_err(|failure| self.link.count(failure))
+    }
+
+    /// The same on the slots of many keys, with arguments that `argue` writes.
+    async fn run_on(&self, keys: &[&Key], act: &str, argue: impl Fn(&mut Cmd)) -> Result<Vec<u8>, RedisFailure> {
+        let adopted = self.adopted()?;
+        let command = |how: &str, script: &str| {
+            let mut command = Cmd::new();
+            command.arg(how).arg(script).arg(keys.len());
+            for key in keys {
+                command.arg(self.epochs.place(&adopted, key));
+            }
+            argue(command.arg(act));
+            command
+        };
+        let deadline = self.deadline();
+        let by_hash = command("EVALSHA", self.script.get_hash());
+        let mut answer = self.exchange(&adopted, &by_hash, deadline).await;
+        if matches!(&answer, Err(RedisFailure::Refused { code }) if code == "NOSCRIPT") {
+            answer = self.exchange(&adopted, &command("EVAL", SCRIPT), deadline).await;
+        }
+        answer?.ok_or(RedisFailure::Foreign)
     }
 
     fn adopted(&self) -> Result<Arc<Adopted>, RedisFailure> {
@@ -496,8 +504,14 @@ impl RedisCache {
         }
     }
 
+    /// What is no answer to what was asked: nobody knows any more which answer is whose.
+    fn unheard_of(&self, standing: &Standing) -> RedisFailure {
+        self.note(standing, &RedisFailure::Lost);
+        RedisFailure::Lost
+    }
+
     fn deadline(&self) -> Instant {
-        Instant::now() + self.config.timeout
+        Instant::now() + self.timeout
     }
 }
 

@@ -15,8 +15,8 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, Method as HttpMethod, Request, Response, StatusCode, header::CONTENT_TYPE};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use tokio::time::Instant;
 use prost::Message;
+use tokio::time::Instant;
 use tonic::{Code, Status, body::Body, codegen::Service, server::Grpc};
 use tonic_health::{pb::health_server::HealthServer, server::HealthService};
 

@@ -95,13 +95,21 @@ impl GatewayService {
         Ok(convert::put_response(written))
     }
 
-    pub(crate) async fn batch_get(self: Arc<Self>, request: BatchGetRequest, deadline: Instant) -> Result<BatchGetResponse, Status> {
+    pub(crate) async fn batch_get(
+        self: Arc<Self>,
+        request: BatchGetRequest,
+        deadline: Instant,
+    ) -> Result<BatchGetResponse, Status> {
         let (keys, options) = convert::batch_get(&request).map_err(to_status)?;
         let answers = self.gateway.get_all(&keys, options, deadline).await;
         Ok(convert::batch_get_response(answers))
     }
 
-    pub(crate) async fn batch_write(self: Arc<Self>, request: BatchWriteRequest, deadline: Instant) -> Result<BatchWriteResponse, Status> {
+    pub(crate) async fn batch_write(
+        self: Arc<Self>,
+        request: BatchWriteRequest,
+        deadline: Instant,
+    ) -> Result<BatchWriteResponse, Status> {
         let items = convert::batch_write(request, self.limits.value_bytes_max).map_err(to_status)?;
         let mut valid = Vec::with_capacity(items.len());
         // What is invalid has its answer; what is not has its place.
@@ -132,19 +140,31 @@ impl GatewayService {
         Ok(convert::scan_response(page))
     }
 
-    pub(crate) async fn touch(self: Arc<Self>, request: TouchRequest, deadline: Instant) -> Result<TouchResponse, Status> {
+    pub(crate) async fn touch(
+        self: Arc<Self>,
+        request: TouchRequest,
+        deadline: Instant,
+    ) -> Result<TouchResponse, Status> {
         let touch = convert::touch(&request).map_err(to_status)?;
         let touched = self.gateway.touch(touch, deadline).await.map_err(to_status)?;
         Ok(convert::touch_response(touched))
     }
 
-    pub(crate) async fn increment(self: Arc<Self>, request: IncrementRequest, deadline: Instant) -> Result<IncrementResponse, Status> {
+    pub(crate) async fn increment(
+        self: Arc<Self>,
+        request: IncrementRequest,
+        deadline: Instant,
+    ) -> Result<IncrementResponse, Status> {
         let increment = convert::increment(&request).map_err(to_status)?;
         let counted = self.gateway.increment(increment, deadline).await.map_err(to_status)?;
         Ok(convert::increment_response(counted))
     }
 
-    pub(crate) async fn await_persisted(self: Arc<Self>, request: AwaitPersistedRequest, deadline: Instant) -> Result<AwaitPersistedResponse, Status> {
+    pub(crate) async fn await_persisted(
+        self: Arc<Self>,
+        request: AwaitPersistedRequest,
+        deadline: Instant,
+    ) -> Result<AwaitPersistedResponse, Status> {
         let answer = match convert::await_persisted(&request).map_err(to_status)? {
             AwaitedWrite::One(key, version) => {
                 let stored = self.gateway.await_persisted(&key, version, deadline);
@@ -169,7 +189,11 @@ impl GatewayService {
         Ok(answer)
     }
 
-    pub(crate) async fn delete(self: Arc<Self>, request: DeleteRequest, deadline: Instant) -> Result<DeleteResponse, Status> {
+    pub(crate) async fn delete(
+        self: Arc<Self>,
+        request: DeleteRequest,
+        deadline: Instant,
+    ) -> Result<DeleteResponse, Status> {
         let write = convert::delete(&request).map_err(to_status)?;
         let written = write_while_running(&self.gateway, &self.stop, write, deadline).await;
         let written = written.map_err(to_status)?;

@@ -156,12 +156,7 @@ enum End {
 }
 
 impl Writes {
-    fn new(
-        gateway: Gateway,
-        limits: CallLimits,
-        deadline: Option<Instant>,
-        stop: CancellationToken,
-    ) -> Writes {
+    fn new(gateway: Gateway, limits: CallLimits, deadline: Option<Instant>, stop: CancellationToken) -> Writes {
         Writes {
             gateway,
             limits,

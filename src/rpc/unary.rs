@@ -82,7 +82,11 @@ async fn read<Q: Message + Default>(mut body: Arrival, message_bytes_max: usize)
             gathered.extend_from_slice(&data);
         }
         let length = check(if whole.is_empty() { &gathered } else { &whole }, message_bytes_max)?;
-        gathered.reserve(length.filter(|_| !body.is_end_stream()).map_or(0, |length| length.saturating_sub(gathered.len())));
+        gathered.reserve(
+            length
+                .filter(|_| !body.is_end_stream())
+                .map_or(0, |length| length.saturating_sub(gathered.len())),
+        );
     }
     if whole.is_empty() {
         whole = gathered.freeze();
@@ -113,7 +117,11 @@ fn check(begun: &[u8], message_bytes_max: usize) -> Result<Option<usize>, Status
     }
     let length = PREFIX_BYTES + length;
     // Whatever comes behind the message is no part of such a call.
-    if begun.len() > length { Err(broken()) } else { Ok(Some(length)) }
+    if begun.len() > length {
+        Err(broken())
+    } else {
+        Ok(Some(length))
+    }
 }
 
 /// What comes next of a body, unless it has ended.

@@ -154,8 +154,8 @@ async fn what_others_say_is_heard_in_order_and_before_any_later_beat() {
     let publishing = async {
         let mut told_at = Vec::new();
         for number in 1..=MESSAGES {
-            publish(&mut connection, CHANGES, &written(number).encode(OURS)).await;
-            publish(&mut connection, CHANGES, &written(number).encode(THEIRS)).await;
+            publish(&mut connection, CHANGES, &written(number).told(OURS)).await;
+            publish(&mut connection, CHANGES, &written(number).told(THEIRS)).await;
             told_at.push(Instant::now());
             if number % 3 == 0 {
                 beater.beat(beats.number()).await.expect("Redis answers");
@@ -216,7 +216,7 @@ async fn a_broken_connection_is_a_loss_and_is_made_anew() {
         }
         assert_eq!(subscriber.next_but_beats().await, Heard::Subscribed, "{how}");
         let message = written(1 + number as i64);
-        publish(&mut server.connect().await, CHANGES, &message.encode(THEIRS)).await;
+        publish(&mut server.connect().await, CHANGES, &message.told(THEIRS)).await;
         assert_eq!(subscriber.next_but_beats().await, Heard::Message(message), "{how}");
         assert_eq!(subscriber.metrics.channel_losses.get(), 1 + number as u64);
     }
@@ -241,7 +241,7 @@ async fn what_is_not_ours_to_read_is_a_loss() {
     let (mut subscriber, _beats) = subscribed(&server).await;
     let mut connection = server.connect().await;
     let newer = {
-        let mut bytes = written(1).encode(THEIRS);
+        let mut bytes = written(1).told(THEIRS);
         bytes[8] = 99;
         bytes
     };
@@ -267,7 +267,7 @@ async fn whoever_hears_too_slowly_is_told_that_it_missed_something() {
     let server = redis_server::start().await;
     let (mut subscriber, _beats) = subscribed(&server).await;
     let mut connection = server.connect().await;
-    let message = written(1).encode(THEIRS);
+    let message = written(1).told(THEIRS);
     for _ in 0..20 {
         let mut batch = pipe();
         for _ in 0..1_000 {
@@ -285,7 +285,7 @@ async fn whoever_hears_too_slowly_is_told_that_it_missed_something() {
     }
     assert_eq!(heard, BUFFERED, "what waited is not lost");
     assert_eq!(subscriber.next_but_beats().await, Heard::Subscribed);
-    publish(&mut connection, CHANGES, &written(2).encode(THEIRS)).await;
+    publish(&mut connection, CHANGES, &written(2).told(THEIRS)).await;
     subscriber.next_that(|heard| *heard == Heard::Message(written(2))).await;
 }
 
@@ -366,7 +366,7 @@ async fn a_gateway_that_was_paused_does_not_answer_from_what_it_knew_before() {
     .await;
     let paused_at = Instant::now();
     let version = other.client.put("key", b"two", Mode::Through).await.unwrap().version;
-    publish(&mut server.connect().await, CHANGES, &written(version).encode(THEIRS)).await;
+    publish(&mut server.connect().await, CHANGES, &written(version).told(THEIRS)).await;
     // On its way before the gateway goes on, so that it does not wait for anything but the gateway.
     let client = gateway.client.clone();
     let reading = tokio::spawn(async move { client.read("key").await });
@@ -413,7 +413,7 @@ async fn a_gateway_heeds_what_others_say() {
         await_l1(&gateway, b"one").await;
         let heeded = async || gateway.metric("tidegate_invalidation_messages_heeded_total", &[]).await;
         let before = heeded().await;
-        publish(&mut connection, CHANGES, &message.encode(THEIRS)).await;
+        publish(&mut connection, CHANGES, &message.told(THEIRS)).await;
         until("the message is heeded", async || heeded().await > before).await;
         let read = gateway.client.get("key", ReadConsistency::Cached).await.unwrap();
         assert_eq!(read.source() != Source::L1, goes, "{message:?}: {read:?}");

@@ -94,7 +94,8 @@ impl Bench {
             if next.get_payload_bytes() == MARK {
                 return heard;
             }
-            heard.push(Message::decode(next.get_payload_bytes()).expect("a message of ours"));
+            let (origin, messages) = Message::decode(next.get_payload_bytes()).expect("messages of ours");
+            heard.extend(messages.into_iter().map(|message| (origin, message)));
         }
     }
 }

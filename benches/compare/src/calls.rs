@@ -177,23 +177,28 @@ pub fn puts(keys: usize, value_bytes: usize, mode: WriteMode) -> Result<Arc<Call
 }
 
 pub fn batch_gets(keys: usize, batch: usize, value_bytes: usize) -> Result<Arc<Calls>, Failure> {
-    Calls::new("/tidegate.v1.Gateway/BatchGet", keys / batch, batch * value_bytes, |index| {
-        BatchGetRequest {
+    Calls::new(
+        "/tidegate.v1.Gateway/BatchGet",
+        keys / batch,
+        batch * value_bytes,
+        |index| BatchGetRequest {
             namespace: NAMESPACE.to_owned(),
             keys: scattered(index, batch, keys).map(key).collect(),
             ..BatchGetRequest::default()
-        }
-    })
+        },
+    )
 }
 
 pub fn batch_writes(keys: usize, batch: usize, value_bytes: usize, mode: WriteMode) -> Result<Arc<Calls>, Failure> {
     let value = value(value_bytes);
-    Calls::new("/tidegate.v1.Gateway/BatchWrite", keys / batch, batch, |index| BatchWriteRequest {
-        items: scattered(index, batch, keys)
-            .map(|index| WriteItem {
-                operation: Some(Operation::Put(put(index, &value, mode))),
-            })
-            .collect(),
+    Calls::new("/tidegate.v1.Gateway/BatchWrite", keys / batch, batch, |index| {
+        BatchWriteRequest {
+            items: scattered(index, batch, keys)
+                .map(|index| WriteItem {
+                    operation: Some(Operation::Put(put(index, &value, mode))),
+                })
+                .collect(),
+        }
     })
 }
 

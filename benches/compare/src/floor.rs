@@ -43,7 +43,9 @@ pub fn serve(value_bytes: usize) -> Result<(), Failure> {
             runtime.block_on(async {
                 let floor = GatewayServer::new(Floor::new(value_bytes));
                 while let Some(stream) = connections.recv().await {
-                    let Ok(stream) = TcpStream::from_std(stream) else { continue };
+                    let Ok(stream) = TcpStream::from_std(stream) else {
+                        continue;
+                    };
                     let floor = floor.clone();
                     let connection = http2::Builder::new(SameRuntime)
                         .max_concurrent_streams(STREAMS_MAX)

@@ -293,7 +293,11 @@ async fn call(connection: &Connection, calls: &Calls, index: usize) -> Result<()
     let trailers = body.trailers().await?;
     check_status(trailers.as_ref().unwrap_or(&head.headers))?;
     if bytes < calls.answer_bytes_min {
-        return Err(format!("an answer of {bytes} bytes, where at least {} are due", calls.answer_bytes_min).into());
+        return Err(format!(
+            "an answer of {bytes} bytes, where at least {} are due",
+            calls.answer_bytes_min
+        )
+        .into());
     }
     Ok(())
 }

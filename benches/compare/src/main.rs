@@ -71,9 +71,7 @@ impl Role {
         let server = eventually("the role serves", SOON, async || {
             let said = process.stderr();
             let address = said.lines().find_map(|line| line.strip_prefix("serving "));
-            address
-                .and_then(|address| address.parse().ok())
-                .ok_or(said.clone())
+            address.and_then(|address| address.parse().ok()).ok_or(said.clone())
         })
         .await;
         Ok(Role {
@@ -127,7 +125,13 @@ async fn probe(arguments: &[String]) -> Result<(), Failure> {
     if has("put") {
         contestants.push(grpc("floor put", floor.server, floor_pid, &behind, None));
         contestants.push(grpc("behind", full.address, full.pid(), &behind, Some(&full)));
-        contestants.push(grpc("embedded", embedded.address, embedded.pid(), &behind, Some(&embedded)));
+        contestants.push(grpc(
+            "embedded",
+            embedded.address,
+            embedded.pid(),
+            &behind,
+            Some(&embedded),
+        ));
     }
     if has("through") {
         contestants.push(grpc("through", full.address, full.pid(), &through, None));

@@ -228,39 +228,40 @@ impl Keeper {
                 Ok(None) => return Loss::Ended,
                 Ok(Some(_)) | Err(_) => return Loss::Silent,
             };
-            let item = match self.read(&message) {
-                Ok(Some(item)) => item,
-                Ok(None) => continue,
+            let items = match self.read(&message) {
+                Ok(items) => items,
                 Err(loss) => {
                     self.metrics.messages_foreign.inc();
                     return loss;
                 }
             };
-            if let Heard::Beat(sent_at) = item {
-                silent_at = silent_at.max(sent_at + SILENCE_MAX);
-            }
-            match heard.try_send(item) {
-                Ok(()) => {}
-                Err(mpsc::error::TrySendError::Full(_)) => return Loss::TooSlow,
-                Err(mpsc::error::TrySendError::Closed(_)) => return Loss::Unwanted,
+            for item in items {
+                if let Heard::Beat(sent_at) = item {
+                    silent_at = silent_at.max(sent_at + SILENCE_MAX);
+                }
+                match heard.try_send(item) {
+                    Ok(()) => {}
+                    Err(mpsc::error::TrySendError::Full(_)) => return Loss::TooSlow,
+                    Err(mpsc::error::TrySendError::Closed(_)) => return Loss::Unwanted,
+                }
             }
         }
     }
 
-    /// What a message says; nothing, if it is our own.
-    fn read(&self, message: &Msg) -> Result<Option<Heard>, Loss> {
+    /// What is said; nothing, if it is our own.
+    fn read(&self, message: &Msg) -> Result<Vec<Heard>, Loss> {
         let payload = message.get_payload_bytes();
         if message.get_channel_name() == self.beat_channel {
             let number = str::from_utf8(payload).ok().and_then(|text| u64::from_str(text).ok());
             let sent_at = number.and_then(|number| self.beats.sent_at(number));
-            return sent_at.map(|at| Some(Heard::Beat(at))).ok_or(Loss::Foreign);
+            return sent_at.map(|at| vec![Heard::Beat(at)]).ok_or(Loss::Foreign);
         }
         self.metrics.messages_heard.inc();
         if Origin::of(payload) == Some(self.origin) {
-            return Ok(None);
+            return Ok(Vec::new());
         }
-        let (_, message) = Message::decode(payload).map_err(|_| Loss::Foreign)?;
-        Ok(Some(Heard::Message(message)))
+        let (_, messages) = Message::decode(payload).map_err(|_| Loss::Foreign)?;
+        Ok(messages.into_iter().map(Heard::Message).collect())
     }
 }
 

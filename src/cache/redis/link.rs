@@ -230,10 +230,23 @@ pub(super) async fn ask(
     command: &Cmd,
     deadline: Instant,
 ) -> Result<Option<Vec<u8>>, RedisFailure> {
+    match ask_value(connection, command, deadline).await? {
+        Value::BulkString(bytes) => Ok(Some(bytes)),
+        Value::Nil => Ok(None),
+        _ => Err(RedisFailure::Lost),
+    }
+}
+
+/// One command and its answer, whatever that is.
+///
+/// Cancel-safe, as [`ask`] is.
+pub(super) async fn ask_value(
+    connection: &mut MultiplexedConnection,
+    command: &Cmd,
+    deadline: Instant,
+) -> Result<Value, RedisFailure> {
     match timeout_at(deadline, command.query_async(connection)).await {
-        Ok(Ok(Value::BulkString(bytes))) => Ok(Some(bytes)),
-        Ok(Ok(Value::Nil)) => Ok(None),
-        Ok(Ok(_)) => Err(RedisFailure::Lost),
+        Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(failure_of(&error)),
         Err(_) => Err(RedisFailure::TimedOut),
     }

@@ -41,7 +41,7 @@ impl RedisCache {
     /// [`RedisFailure`]: to a reader a miss of all.
     pub async fn peek_all(&self, keys: &[&Key]) -> Result<Vec<Peeked>, RedisFailure> {
         let peek = async {
-            let adopted = self.adopted()?;
+            let adopted = self.slots.adopted()?;
             let mut commands = Pipeline::with_capacity(keys.len());
             for key in keys {
                 let mut command = Cmd::with_capacity(4, 96 + key.bytes());
@@ -49,25 +49,25 @@ impl RedisCache {
                 let last = HEADER_BYTES + VALUE_BYTES_MAX;
                 command
                     .arg("GETRANGE")
-                    .arg(self.epochs.place(&adopted, key))
+                    .arg(self.slots.epochs.place(&adopted, key))
                     .arg(0)
                     .arg(last);
                 commands.add_command(command);
             }
             self.exchange_all(&adopted, &commands).await
         };
-        let slots = peek.await.inspect_err(|failure| self.link.count(failure))?;
+        let slots = peek.await.inspect_err(|failure| self.slots.link.count(failure))?;
         Ok(slots.into_iter().map(|slot| self.peeked(slot)).collect())
     }
 
     fn peeked(&self, slot: Answer) -> Peeked {
         match slot {
             Ok(Some(slot)) if slot.len() > HEADER_BYTES + VALUE_BYTES_MAX => Peeked::Large,
-            Ok(Some(slot)) if !slot.is_empty() => self.decoded(slot).map_or(Peeked::Nothing, Peeked::Copy),
+            Ok(Some(slot)) if !slot.is_empty() => self.slots.decoded(slot).map_or(Peeked::Nothing, Peeked::Copy),
             // An empty range is that of no slot.
             Ok(_) => Peeked::Nothing,
             Err(failure) => {
-                self.link.count(&failure);
+                self.slots.link.count(&failure);
                 Peeked::Nothing
             }
         }
@@ -84,12 +84,15 @@ impl RedisCache {
         claims: &[(&Key, SlotToken)],
     ) -> Result<Vec<Result<Claimed, RedisFailure>>, RedisFailure> {
         let claim = async {
-            let adopted = self.adopted()?;
+            let adopted = self.slots.adopted()?;
             let mut commands = Pipeline::with_capacity(claims.len());
             for (key, token) in claims {
                 let mut command = Cmd::with_capacity(6, 160 + key.bytes());
-                command.arg("EVALSHA").arg(self.script.get_hash()).arg(1);
-                command.arg(self.epochs.place(&adopted, key)).arg("claim").arg(&token.0);
+                command.arg("EVALSHA").arg(self.slots.script.get_hash()).arg(1);
+                command
+                    .arg(self.slots.epochs.place(&adopted, key))
+                    .arg("claim")
+                    .arg(&token.0);
                 commands.add_command(command);
             }
             let answers = self.exchange_all(&adopted, &commands).await?;
@@ -98,7 +101,7 @@ impl RedisCache {
             }
             let mut learn = Cmd::new();
             learn.arg("SCRIPT").arg("LOAD").arg(SCRIPT);
-            self.exchange(&adopted, &learn, self.deadline()).await?;
+            self.slots.exchange(&adopted, &learn, self.slots.deadline()).await?;
             // Some may have been answered: they find their own token, which another's claim would; so it is asked for by those alone that were not.
             let again = answers.iter().zip(commands.cmd_iter());
             let again = again.filter(|(answer, _)| is_unknown_script(answer));
@@ -116,14 +119,14 @@ impl RedisCache {
             });
             Ok(answers.collect())
         };
-        let answers: Vec<Answer> = claim.await.inspect_err(|failure| self.link.count(failure))?;
+        let answers: Vec<Answer> = claim.await.inspect_err(|failure| self.slots.link.count(failure))?;
         let claimed = answers
             .into_iter()
             .zip(claims)
             .map(|(answer, (_, token))| match answer {
                 Ok(answer) => self.claimed(&answer.unwrap_or_default(), *token),
                 Err(failure) => {
-                    self.link.count(&failure);
+                    self.slots.link.count(&failure);
                     Err(failure)
                 }
             });
@@ -132,9 +135,9 @@ impl RedisCache {
 
     /// Many commands and the answer of each, over the link that stands, if it leads to the server for which the epoch holds.
     async fn exchange_all(&self, adopted: &Adopted, commands: &Pipeline) -> Result<Vec<Answer>, RedisFailure> {
-        let mut standing = self.link_to(adopted)?;
-        let answers = ask_all(&mut standing, commands, self.deadline()).await;
-        answers.inspect_err(|failure| self.note(&standing, failure))
+        let mut standing = self.slots.link_to(adopted)?;
+        let answers = ask_all(&mut standing, commands, self.slots.deadline()).await;
+        answers.inspect_err(|failure| self.slots.note(&standing, failure))
     }
 }
 

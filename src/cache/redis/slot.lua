@@ -2,25 +2,34 @@
 -- are made here. Versions are compared as two unsigned halves: Lua's numbers are doubles, and the order of its strings depends on the
 -- locale. What is not laid out so is not ours, and makes room.
 --
--- KEYS[1]  the slot
+-- KEYS     the slot; of what many callers ask at once, several
 -- ARGV[1]  what to do; the others are told where it is done
-local slot, act = KEYS[1], ARGV[1]
+local act = ARGV[1]
 local NONE, ABSENT = string.rep('\0', 8), 4
 local TOKEN_MS = 10000
 
-local head = redis.call('GETRANGE', slot, 0, 49)
-local ours = #head == 50 and string.byte(head, 9) == 0xD2 and string.byte(head, 1) < 128
-local standing, absent, token, token_until = false, false, NONE, 0
-if ours then
-  if string.sub(head, 1, 8) ~= NONE then standing = string.sub(head, 1, 8) end
-  absent = not standing and math.floor(string.byte(head, 10) / ABSENT) % 2 == 1
-  token = string.sub(head, 35, 42)
-  token_until = struct.unpack('>I8', string.sub(head, 43, 50))
+-- The slot that is looked at, and what stands there.
+local slot, head, ours, standing, absent, token, token_until
+
+local function look(at, bytes)
+  slot, head = at, bytes
+  ours = #head == 50 and string.byte(head, 9) == 0xD2 and string.byte(head, 1) < 128
+  standing, absent, token, token_until = false, false, NONE, 0
+  if ours then
+    if string.sub(head, 1, 8) ~= NONE then standing = string.sub(head, 1, 8) end
+    absent = not standing and math.floor(string.byte(head, 10) / ABSENT) % 2 == 1
+    token = string.sub(head, 35, 42)
+    token_until = struct.unpack('>I8', string.sub(head, 43, 50))
+  end
 end
 
+local clock
 local function now()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
+  if not clock then
+    local time = redis.call('TIME')
+    clock = time[1] * 1000 + math.floor(time[2] / 1000)
+  end
+  return clock
 end
 
 -- Below 0 where version a is lower than b, above 0 where it is higher.
@@ -63,20 +72,68 @@ local function put(value, kept)
   return true
 end
 
+-- Does something with each slot, and gathers the answers, nine bytes for each: a letter, and eight more. W: what stands is no string, nor ours.
+local function each(from, step, with)
+  local answers = {}
+  for number, at in ipairs(KEYS) do
+    local bytes = redis.pcall('GETRANGE', at, 0, 49)
+    if type(bytes) == 'table' then
+      answers[number] = 'W' .. NONE
+    else
+      look(at, bytes)
+      answers[number] = with(from + (number - 1) * step)
+    end
+  end
+  return table.concat(answers)
+end
+
+-- enter TOKEN ...: the tokens of writes, each at its slot. One that stands is shared, for nothing has come between since it was left. Answers
+-- E and the version that stands, or eight zeros; then, behind all, the tokens.
+if act == 'enter' then
+  local tokens = {}
+  local answers = each(2, 1, function(at)
+    if token == NONE then token = ARGV[at] end
+    leave(token)
+    tokens[#tokens + 1] = token
+    return 'E' .. (standing or NONE)
+  end)
+  return answers .. table.concat(tokens)
+end
+
+-- write CHANNEL ORIGIN, then MESSAGE TOKEN STAMPED VALUE KEPT ... for each slot: an entry lands over an older one and over an absence, or where
+-- its token stands. With STAMPED, a time, it is accepted and not in the store: then it may also enter an empty slot up to ten seconds after;
+-- later it is not taken, and nothing is told, for it will come again. Whatever is older goes in any case. Answers S and the version that
+-- stands, or eight zeros for none; L: it came too late; F: there is no room.
+if act == 'write' then
+  local told = { ARGV[3] }
+  local answers = each(4, 5, function(at)
+    local given, stamped, value, kept = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
+    local version = string.sub(value, 1, 8)
+    local higher = standing and compare(standing, version) > 0
+    local tokened = token ~= NONE and token == given
+    local fits = standing or tokened or (absent and stamped == '')
+    if not fits and stamped ~= '' then
+      if now() - tonumber(stamped) > TOKEN_MS then return 'L' .. NONE end
+      fits = true
+    end
+    told[#told + 1] = ARGV[at]
+    if higher then return 'S' .. standing end
+    if fits then return put(value, kept) and 'S' .. version or 'F' .. NONE end
+    if #head > 0 then redis.call('UNLINK', slot) end
+    return 'S' .. NONE
+  end)
+  if #told > 1 then redis.call('PUBLISH', ARGV[2], table.concat(told)) end
+  return answers
+end
+
+look(KEYS[1], redis.call('GETRANGE', KEYS[1], 0, 49))
+
 -- claim TOKEN: the token of a load, unless another's stands that has not ended. Answers 1 or 0, whether it stands now, and what else does.
 if act == 'claim' then
   local mine = token == NONE or token_until <= now()
   if mine then leave(ARGV[2]) end
   if standing or absent then return (mine and '1' or '0') .. redis.call('GET', slot) end
   return mine and '1' or '0'
-end
-
--- enter TOKEN: the token of a write. One that stands is shared, for nothing has come between since it was left. Answers with the
--- version that stands, or eight zeros, and the token.
-if act == 'enter' then
-  if token == NONE then token = ARGV[2] end
-  leave(token)
-  return (standing or NONE) .. token
 end
 
 -- release TOKEN: its load will not land.
@@ -98,28 +155,6 @@ if act == 'load' then
 end
 
 -- All below are told to the other replicas: ARGV[2] is their channel, ARGV[3] the message.
-
--- write CHANNEL MESSAGE TOKEN STAMPED VALUE KEPT: an entry lands over an older one and over an absence, or where its token stands. With
--- STAMPED, a time, it is accepted and not in the store: then it may also enter an empty slot up to ten seconds after; later it is
--- not taken, and nothing is told, for it will come again. Whatever is older goes in any case. Answers with the version that stands;
--- eight zeros for none; L: it came too late; F: there is no room.
-if act == 'write' then
-  local tokened = token ~= NONE and token == ARGV[4]
-  local given = string.sub(ARGV[6], 1, 8)
-  local answer = NONE
-  if standing and compare(standing, given) > 0 then
-    answer = standing
-  elseif standing or tokened or (absent and ARGV[5] == '') then
-    answer = put(ARGV[6], ARGV[7]) and given or 'F'
-  elseif ARGV[5] ~= '' then
-    if now() - tonumber(ARGV[5]) > TOKEN_MS then return 'L' end
-    answer = put(ARGV[6], ARGV[7]) and given or 'F'
-  elseif #head > 0 then
-    redis.call('UNLINK', slot)
-  end
-  redis.call('PUBLISH', ARGV[2], ARGV[3])
-  return answer
-end
 
 -- drop CHANNEL MESSAGE VERSION: that version goes, for the store did not take it; and the token, for whose load may have found it.
 -- Answers 1 or 0, whether it stood.

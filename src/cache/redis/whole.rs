@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use redis::Cmd;
 
-use super::{RedisCache, RedisFailure, channel};
+use super::{RedisCache, RedisFailure};
 use crate::{
     cache::{epochs::Adopted, message::Message},
     model::{Epoch, Timestamp},
@@ -24,12 +24,15 @@ impl RedisCache {
     /// [`RedisFailure`]: whether they heard is not known.
     pub async fn announce(&self, message: Message) -> Result<(), RedisFailure> {
         let told = async {
-            let standing = self.link.current().ok_or(RedisFailure::Down)?;
+            let standing = self.slots.link.current().ok_or(RedisFailure::Down)?;
             let mut command = Cmd::new();
-            command.arg("PUBLISH").arg(&self.channel).arg(self.message(message));
-            self.tell_over(standing, &command).await
+            command
+                .arg("PUBLISH")
+                .arg(&self.slots.channel)
+                .arg(message.told(self.slots.origin));
+            self.slots.tell_over(standing, &command).await
         };
-        told.await.inspect_err(|failure| self.link.count(failure))
+        told.await.inspect_err(|failure| self.slots.link.count(failure))
     }
 
     /// Removes the slots of a namespace's keys that begin with `prefix`, a step at a time: from `cursor` on, which is 0 at first. How many,
@@ -44,9 +47,10 @@ impl RedisCache {
         cursor: u64,
     ) -> Result<(u64, Option<u64>), RedisFailure> {
         let step = async {
-            let adopted = self.adopted()?;
+            let adopted = self.slots.adopted()?;
             let mut pattern = Vec::new();
             for byte in self
+                .slots
                 .epochs
                 .namespace_place(&adopted, namespace, 0)
                 .iter()
@@ -64,7 +68,7 @@ impl RedisCache {
                           return step[1] .. ' ' .. #step[2]";
             let mut command = Cmd::new();
             command.arg("EVAL").arg(script).arg(0).arg(cursor).arg(pattern);
-            let answer = self.exchange(&adopted, &command, self.deadline()).await?;
+            let answer = self.slots.exchange(&adopted, &command, self.slots.deadline()).await?;
             let answer = answer.and_then(|answer| String::from_utf8(answer).ok());
             let numbers = answer.as_deref().and_then(|answer| answer.split_once(' '));
             let (next, removed) = numbers.ok_or(RedisFailure::Foreign)?;
@@ -72,7 +76,7 @@ impl RedisCache {
             let removed = removed.parse().map_err(|_| RedisFailure::Foreign)?;
             Ok((removed, (next != 0).then_some(next)))
         };
-        step.await.inspect_err(|failure| self.link.count(failure))
+        step.await.inspect_err(|failure| self.slots.link.count(failure))
     }
 
     /// How many keys the server has evicted since it runs.
@@ -83,9 +87,10 @@ impl RedisCache {
         let mut info = Cmd::new();
         info.arg("INFO").arg("stats");
         let told = self
+            .slots
             .ask_any(&info)
             .await
-            .inspect_err(|failure| self.link.count(failure))?;
+            .inspect_err(|failure| self.slots.link.count(failure))?;
         let told = told.and_then(|told| String::from_utf8(told).ok()).unwrap_or_default();
         let evicted = told.lines().find_map(|line| line.strip_prefix("evicted_keys:"));
         evicted
@@ -99,10 +104,10 @@ impl RedisCache {
     /// [`RedisFailure`].
     pub async fn has_sentinel(&self, epoch: Epoch) -> Result<bool, RedisFailure> {
         let mut command = Cmd::new();
-        command.arg("GETEX").arg(self.epochs.sentinel(epoch));
+        command.arg("GETEX").arg(self.slots.epochs.sentinel(epoch));
         command.arg("EX").arg(SENTINEL_KEPT.as_secs());
-        let found = self.ask_any(&command).await;
-        Ok(found.inspect_err(|failure| self.link.count(failure))?.is_some())
+        let found = self.slots.ask_any(&command).await;
+        Ok(found.inspect_err(|failure| self.slots.link.count(failure))?.is_some())
     }
 
     /// Sets the sentinel of an epoch.
@@ -112,10 +117,10 @@ impl RedisCache {
     pub async fn set_sentinel(&self, epoch: Epoch) -> Result<(), RedisFailure> {
         let mut command = Cmd::new();
         // With GET the answer is a bulk string or nothing, as of every other command here.
-        command.arg("SET").arg(self.epochs.sentinel(epoch)).arg("1");
+        command.arg("SET").arg(self.slots.epochs.sentinel(epoch)).arg("1");
         command.arg("EX").arg(SENTINEL_KEPT.as_secs()).arg("GET");
-        let set = self.ask_any(&command).await;
-        set.inspect_err(|failure| self.link.count(failure)).map(drop)
+        let set = self.slots.ask_any(&command).await;
+        set.inspect_err(|failure| self.slots.link.count(failure)).map(drop)
     }
 
     /// Writes the epochs that hold to where a gateway finds them that starts while the store is down.
@@ -124,14 +129,16 @@ impl RedisCache {
     /// [`RedisFailure`].
     pub async fn post_notice(&self) -> Result<(), RedisFailure> {
         let post = async {
-            let adopted = self.adopted()?;
+            let adopted = self.slots.adopted()?;
             let notice = adopted.notice().ok_or(RedisFailure::NoEpoch)?;
             let mut command = Cmd::new();
-            command.arg("SET").arg(self.epochs.noticeboard()).arg(notice);
+            command.arg("SET").arg(self.slots.epochs.noticeboard()).arg(notice);
             command.arg("EX").arg(SENTINEL_KEPT.as_secs()).arg("GET");
-            self.exchange(&adopted, &command, self.deadline()).await
+            self.slots.exchange(&adopted, &command, self.slots.deadline()).await
         };
-        post.await.inspect_err(|failure| self.link.count(failure)).map(drop)
+        post.await
+            .inspect_err(|failure| self.slots.link.count(failure))
+            .map(drop)
     }
 
     /// The epochs that hold for the run of the server that answers, as other gateways found them in the store; `None` if they wrote none
@@ -141,16 +148,16 @@ impl RedisCache {
     /// [`RedisFailure`].
     pub async fn notice(&self, now: Timestamp) -> Result<Option<Adopted>, RedisFailure> {
         let read = async {
-            let standing = self.link.current().ok_or(RedisFailure::Down)?;
+            let standing = self.slots.link.current().ok_or(RedisFailure::Down)?;
             let server = Arc::clone(&standing.server);
             let mut command = Cmd::new();
-            command.arg("GET").arg(self.epochs.noticeboard());
-            let notice = self.ask_over(standing, &command, self.deadline()).await?;
+            command.arg("GET").arg(self.slots.epochs.noticeboard());
+            let notice = self.slots.ask_over(standing, &command, self.slots.deadline()).await?;
             let notice = notice.and_then(|notice| String::from_utf8(notice).ok());
             let told = notice.and_then(|notice| Adopted::from_notice(&notice, now));
             Ok(told.filter(|told| told.server.as_deref() == Some(&*server)))
         };
-        read.await.inspect_err(|failure| self.link.count(failure))
+        read.await.inspect_err(|failure| self.slots.link.count(failure))
     }
 
     /// Publishes a beat of this process, for its own [`channel`], on the server for which the epoch holds.
@@ -160,13 +167,11 @@ impl RedisCache {
     /// # Errors
     /// [`RedisFailure`]: it may not be heard. Not counted, for no call depends on it.
     pub async fn beat(&self, number: u64) -> Result<(), RedisFailure> {
-        let adopted = self.adopted()?;
-        let standing = self.link_to(&adopted)?;
+        let adopted = self.slots.adopted()?;
+        let standing = self.slots.link_to(&adopted)?;
         let mut command = Cmd::new();
         command.arg("PUBLISH");
-        command
-            .arg(channel::beats(&self.config.prefix, self.origin))
-            .arg(number);
-        self.tell_over(standing, &command).await
+        command.arg(&self.beats).arg(number);
+        self.slots.tell_over(standing, &command).await
     }
 }

@@ -1,0 +1,94 @@
+//! What the calls of one thread ask of Redis at the same moment, asked as one.
+//!
+//! Owns the gathering: whoever asks first begins a turn, which asks for all who have joined it by the time the runtime comes to it. Nobody
+//! waits for company, for whatever else was ready to run has run by then: the writes that one sync of the journal woke, or the reads that
+//! one segment of a connection brought. Does not own what is asked ([`super`]). Limit: [`TOGETHER_MAX`] in one command. Invariants: every
+//! question is answered, with what Redis says of it or with what befell all of its command; one that nobody awaits any more is asked all the
+//! same.
+//!
+//! One command for twenty writes costs Redis a fifth of twenty, and the other replicas one message instead of twenty
+//! (docs/decisions/0023-redis-is-asked-together.md has the figures).
+
+use std::{mem, sync::Arc};
+
+use futures_util::future::join_all;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use super::{RedisFailure, Slots};
+
+/// How many questions one command asks: an answer may bring the largest value for each, and a script holds Redis up for as long as it runs.
+const TOGETHER_MAX: usize = 32;
+
+/// Something that can be asked of many slots in one command.
+pub(super) trait Question: Sized + Send + 'static {
+    /// What is answered of one slot.
+    type Answer: Send;
+
+    /// Asks all of them, at most [`TOGETHER_MAX`]. As many answers as questions, in their order.
+    fn ask(slots: &Slots, questions: &[Self]) -> impl Future<Output = Result<Answers<Self>, RedisFailure>> + Send;
+}
+
+/// What is answered of each slot.
+pub(super) type Answers<Q> = Vec<Result<<Q as Question>::Answer, RedisFailure>>;
+
+/// The questions of one kind that the next turn asks.
+pub(super) struct Gather<Q: Question>(Arc<Mutex<Vec<Asked<Q>>>>);
+
+struct Asked<Q: Question> {
+    question: Q,
+    answer: oneshot::Sender<Result<Q::Answer, RedisFailure>>,
+}
+
+impl<Q: Question> Gather<Q> {
+    pub(super) fn new() -> Gather<Q> {
+        Gather(Arc::default())
+    }
+
+    /// Asks, on the runtime of the connection.
+    ///
+    /// Cancel-safe: it may be asked all the same.
+    pub(super) async fn ask(&self, slots: &Arc<Slots>, question: Q) -> Result<Q::Answer, RedisFailure> {
+        let (answer, answered) = oneshot::channel();
+        let begins = {
+            let mut asked = self.0.lock();
+            asked.push(Asked { question, answer });
+            asked.len() == 1
+        };
+        if begins {
+            let (asked, slots) = (Arc::clone(&self.0), Arc::clone(slots));
+            tokio::spawn(async move {
+                let asked = mem::take(&mut *asked.lock());
+                turn(&slots, asked).await;
+            });
+        }
+        // A turn is cut off with its runtime alone.
+        answered.await.unwrap_or(Err(RedisFailure::Lost))
+    }
+}
+
+async fn turn<Q: Question>(slots: &Slots, asked: Vec<Asked<Q>>) {
+    let (mut questions, mut waiting): (Vec<Q>, Vec<_>) =
+        asked.into_iter().map(|asked| (asked.question, asked.answer)).unzip();
+    let mut commands = Vec::with_capacity(questions.len().div_ceil(TOGETHER_MAX));
+    while !questions.is_empty() {
+        let behind = questions.split_off(questions.len().min(TOGETHER_MAX));
+        let together = mem::replace(&mut questions, behind);
+        let behind = waiting.split_off(together.len());
+        let waiting = mem::replace(&mut waiting, behind);
+        commands.push(async move {
+            let answers = Q::ask(slots, &together).await;
+            // Whoever went away hears nothing.
+            match answers {
+                Ok(answers) => waiting
+                    .into_iter()
+                    .zip(answers)
+                    .for_each(|(waiting, answer)| drop(waiting.send(answer))),
+                Err(failure) => waiting
+                    .into_iter()
+                    .for_each(|waiting| drop(waiting.send(Err(failure.clone())))),
+            }
+        });
+    }
+    join_all(commands).await;
+}
