@@ -47,6 +47,35 @@ async fn postgres_stops_and_starts_again_with_its_data() {
 }
 
 #[tokio::test]
+async fn a_durable_postgres_waits_for_the_disk_also_when_it_is_started_again() {
+    let mut server = postgres::Server::start_durable().await;
+    let url = server.create_database().await;
+    for _ in 0..2 {
+        let mut connection = postgres::connect(&url).await;
+        for setting in ["fsync", "full_page_writes", "synchronous_commit"] {
+            let query = sqlx::query_scalar("select current_setting($1)").bind(setting);
+            let value: String = query.fetch_one(&mut connection).await.unwrap();
+            assert_eq!(value, "on", "{setting}");
+        }
+        server.stop(postgres::Stop::Immediate).await;
+        server.start_again().await;
+    }
+}
+
+#[tokio::test]
+async fn a_durable_redis_keeps_what_it_was_told() {
+    let mut server = redis_server::start_durable().await;
+    let config = redis::cmd("CONFIG").arg(&["GET", "appendfsync"]).to_owned();
+    let (_, when): (String, String) = config.query_async(&mut server.connect().await).await.unwrap();
+    assert_eq!(when, "always");
+    let _: () = server.connect().await.set("key", "value").await.unwrap();
+    server.kill();
+    server.start_again().await;
+    let value: String = server.connect().await.get("key").await.unwrap();
+    assert_eq!(value, "value");
+}
+
+#[tokio::test]
 async fn redis_comes_back_once_with_what_was_saved() {
     let mut server = redis_server::start().await;
     let _: () = server.connect().await.set("key", "old").await.unwrap();

@@ -21,6 +21,8 @@ mod floor;
 #[path = "../../../tests/it/harness/mod.rs"]
 mod harness;
 mod load;
+mod peers;
+mod plain;
 mod race;
 
 use std::{env, error::Error, net::SocketAddr, process::Command, time::Duration};
@@ -51,6 +53,7 @@ fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some("floor") => floor::serve(arguments[1].parse()?),
+        Some("plain") => tokio::runtime::Runtime::new()?.block_on(plain::serve(&arguments[1], &arguments[2])),
         _ => tokio::runtime::Runtime::new()?.block_on(probe(&arguments)),
     }
 }

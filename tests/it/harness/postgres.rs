@@ -1,7 +1,8 @@
 //! PostgreSQL for the tests: one server shared by all, a fresh database for each; and servers of a test's own, to stop and start.
 //!
 //! Owns finding the binaries, the cluster (made once, copied for each further server) and the drop to an unprivileged user where the tests
-//! run as root. Invariants: commits are synchronous as in production; `fsync` is off, for no test here cuts the power.
+//! run as root. Invariants: commits are synchronous as in production; `fsync` is off, for no test here cuts the power, unless a server is
+//! asked for that is as durable as in production, as benchmarks do.
 
 use std::{
     env, fs,
@@ -24,16 +25,32 @@ const SUPERUSER: &str = "tidegate";
 /// Whom PostgreSQL runs as when we are root.
 const UNPRIVILEGED: &str = "postgres";
 
+/// What every server here is run with.
 const SETTINGS: &[&str] = &[
     "listen_addresses=127.0.0.1",
     "unix_socket_directories=",
-    "fsync=off",
-    "full_page_writes=off",
     "synchronous_commit=on",
     "max_connections=300",
-    "shared_buffers=64MB",
     "log_min_messages=warning",
 ];
+
+/// Whether what a server has committed outlives a power cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    /// Only the end of the server: nothing waits for the disk.
+    Process,
+    /// As in production.
+    Disk,
+}
+
+impl Durability {
+    fn settings(self) -> &'static [&'static str] {
+        match self {
+            Durability::Process => &["fsync=off", "full_page_writes=off", "shared_buffers=64MB"],
+            Durability::Disk => &["fsync=on", "full_page_writes=on", "shared_buffers=256MB"],
+        }
+    }
+}
 
 /// The URL of a fresh, empty database on the shared server.
 pub async fn database() -> String {
@@ -86,19 +103,34 @@ pub struct Server {
     process: Option<Process>,
     port: u16,
     directory: Directory,
+    durability: Durability,
 }
 
 impl Server {
     /// Starts a server with an empty cluster.
     pub async fn start() -> Server {
         let directory = Directory::adopt(copy_of_cluster().await);
+        Server::start_in(directory, Durability::Process).await
+    }
+
+    /// Starts a server with an empty cluster, whose commits are on the disk when they are answered.
+    pub async fn start_durable() -> Server {
+        let directory = Directory::adopt(copy_of_cluster().await);
+        // Else the first commits would share the disk with what the copy has left to write.
+        let mut sync = unprivileged(&binary("initdb"));
+        checked(sync.arg("--sync-only").arg("-D").arg(directory.path()));
+        Server::start_in(directory, Durability::Disk).await
+    }
+
+    async fn start_in(directory: Directory, durability: Durability) -> Server {
         for _ in 0..20 {
             let port = free_port();
-            if let Some(process) = run(&directory, port).await {
+            if let Some(process) = run(&directory, port, durability).await {
                 return Server {
                     process: Some(process),
                     port,
                     directory,
+                    durability,
                 };
             }
         }
@@ -134,7 +166,7 @@ impl Server {
     /// Starts the stopped server on its files and its port, and waits until it answers.
     pub async fn start_again(&mut self) {
         assert!(self.process.is_none(), "the server runs already");
-        self.process = run(&self.directory, self.port).await;
+        self.process = run(&self.directory, self.port, self.durability).await;
         assert!(
             self.process.is_some(),
             "PostgreSQL does not start again; its log:\n{}",
@@ -144,10 +176,10 @@ impl Server {
 }
 
 /// Runs a server and waits until it answers. `None` if it ends first, as when the port is taken, or if another one answers.
-async fn run(directory: &Directory, port: u16) -> Option<Process> {
+async fn run(directory: &Directory, port: u16, durability: Durability) -> Option<Process> {
     let mut command = unprivileged(&binary("postgres"));
     command.arg("-D").arg(directory.path()).arg("-p").arg(port.to_string());
-    for setting in SETTINGS {
+    for setting in SETTINGS.iter().chain(durability.settings()) {
         command.args(["-c", setting]);
     }
     let mut process = Process::start("PostgreSQL", &command, "QUIT", directory.path(), "postgres");
@@ -221,7 +253,7 @@ fn unprivileged(program: &Path) -> Command {
 }
 
 /// A program of PostgreSQL: on the path, or where Debian keeps its versions, the newest first.
-fn binary(name: &str) -> PathBuf {
+pub fn binary(name: &str) -> PathBuf {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut versions: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
         .into_iter()

@@ -19,21 +19,36 @@ pub struct Server {
     process: Option<Process>,
     port: u16,
     directory: Directory,
+    log: Log,
+}
+
+/// Whether a server keeps what it is told.
+#[derive(Debug, Clone, Copy)]
+enum Log {
+    Off,
+    /// Each write is on the disk when it is answered (`appendfsync always`).
+    Synced,
 }
 
 /// Starts an empty server and waits until it answers.
 pub async fn start() -> Server {
-    start_in(Directory::new("redis")).await
+    start_in(Directory::new("redis"), Log::Off).await
 }
 
-async fn start_in(directory: Directory) -> Server {
+/// Starts an empty server that keeps every write that it has answered.
+pub async fn start_durable() -> Server {
+    start_in(Directory::new("redis"), Log::Synced).await
+}
+
+async fn start_in(directory: Directory, log: Log) -> Server {
     for _ in 0..20 {
         let port = free_port();
-        if let Some(process) = run(&directory, port).await {
+        if let Some(process) = run(&directory, port, log).await {
             return Server {
                 process: Some(process),
                 port,
                 directory,
+                log,
             };
         }
     }
@@ -74,7 +89,7 @@ impl Server {
         let directory = Directory::new("redis");
         let [from, to] = [&self.directory, &directory].map(|directory| directory.path().join(DUMP));
         fs::rename(from, to).expect("it was saved");
-        start_in(directory).await
+        start_in(directory, self.log).await
     }
 
     /// How many bytes of memory it has in use.
@@ -91,7 +106,7 @@ impl Server {
     /// Starts the stopped server, empty unless something was saved, on its port, and waits until it answers.
     pub async fn start_again(&mut self) {
         assert!(self.process.is_none(), "the server runs already");
-        self.process = run(&self.directory, self.port).await;
+        self.process = run(&self.directory, self.port, self.log).await;
         assert!(
             self.process.is_some(),
             "Redis does not start again on port {}",
@@ -121,12 +136,16 @@ async fn connect(port: u16) -> redis::RedisResult<MultiplexedConnection> {
 }
 
 /// Runs a server and waits until it answers. `None` if it ends first, as when the port is taken, or if another one answers.
-async fn run(directory: &Directory, port: u16) -> Option<Process> {
+async fn run(directory: &Directory, port: u16, log: Log) -> Option<Process> {
     let mut command = Command::new("redis-server");
     command
         .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
-        .args(["--save", "", "--appendonly", "no", "--dir"])
-        .arg(directory.path());
+        .args(["--save", "", "--dir"])
+        .arg(directory.path())
+        .args(match log {
+            Log::Off => ["--appendonly", "no"].as_slice(),
+            Log::Synced => &["--appendonly", "yes", "--appendfsync", "always"],
+        });
     let mut process = Process::start("Redis", &command, "KILL", directory.path(), "redis");
     let ours = eventually("Redis answers", SOON, async || {
         if process.ended().is_some() {
