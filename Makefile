@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: check format lint test crash consistency mutants docs layers proto contract
+.PHONY: check format lint test crash consistency mutants bench-guard docs layers proto contract
 
 check: format layers proto lint docs test
 	@echo "check: all is well"
@@ -42,6 +42,12 @@ mutants:
 	@echo "== mutants"
 	@ci/deps
 	@ci/mutants
+
+# Counts what a Get and a Put cost in instructions, which no busy machine changes: a loss or a gain of more than 5 % must be looked at.
+bench-guard:
+	@echo "== bench-guard"
+	@ci/deps valgrind
+	@ci/bench-guard
 
 # Those of private items too: whoever changes the crate reads them, and their links must lead somewhere.
 docs:
