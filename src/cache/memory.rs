@@ -11,17 +11,20 @@
 //! nothing lands, neither then nor later by a token that was left then.
 
 mod gate;
+mod kept;
+mod place;
 mod tokens;
 
-use std::{collections::BTreeMap, mem, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
-use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use quick_cache::{Lifecycle, OptionsBuilder, Weighter, sync::Cache};
 use serde::{Deserialize, Serialize};
 
 use self::{
     gate::Gate,
+    kept::Kept,
+    place::{AsItIs, Place, Places},
     tokens::{Number, Tokens},
 };
 use crate::{
@@ -29,10 +32,6 @@ use crate::{
     model::{Key, Timestamp, Version},
     telemetry::namespaces::Tally,
 };
-
-/// What a copy takes beyond its key's text and its value: its slot with the links, the places in the hash table, and the
-/// headers and rounding of two allocations.
-const OVERHEAD_BYTES: usize = mem::size_of::<Key>() + mem::size_of::<Copy>() + 80;
 
 /// What a copy is taken to weigh when room is planned for the traces of evicted keys, which make a returning key stay. Far
 /// smaller copies get fewer traces than would serve them best, and far larger ones leave room unused.
@@ -75,7 +74,8 @@ pub enum Landing {
 /// L1.
 #[derive(Debug)]
 pub struct Memory {
-    copies: Cache<Key, Copy, Weigh, RandomState, Evictions>,
+    places: Places,
+    copies: Cache<Place, Kept, Weigh, AsItIs, Evictions>,
     /// The lock of every shard of `copies`, around its tokens. No shard of `copies` is changed without it.
     tokens: Box<[Mutex<Tokens>]>,
     evictions: Tally,
@@ -95,10 +95,11 @@ impl Memory {
             .weight_capacity(config.bytes_max as u64)
             .build()
             .expect("both capacities are set");
-        let copies = Cache::with_options(options, Weigh, RandomState::default(), Evictions);
+        let copies = Cache::with_options(options, Weigh, AsItIs::default(), Evictions);
         // There may be fewer than were asked for.
         let tokens = (0..copies.num_shards()).map(|_| Mutex::default()).collect();
         Memory {
+            places: Places::default(),
             copies,
             tokens,
             evictions: Tally::default(),
@@ -134,29 +135,32 @@ impl Memory {
         if !self.is_on(now) {
             return None;
         }
-        self.copies.get(key)
+        let kept = self.copies.get(&self.places.of(key))?;
+        kept.is_of(key).then(|| kept.into_copy())
     }
 
     /// The version that stands on a key, however old the copy. Does not count as a use of it.
     pub fn version(&self, key: &Key) -> Option<Version> {
-        self.copies.peek(key).and_then(|copy| copy.version())
+        self.kept(self.places.of(key), key).and_then(|kept| kept.version())
     }
 
     /// Leaves a token at a key, for a landing. A copy that stands there stays readable.
     ///
     /// While L1 is off none is left: who began then may have read what nobody told of, and lands nowhere.
     pub fn leave_token(self: &Arc<Self>, key: &Key) -> Token {
+        let place = self.places.of(key);
         let number = {
-            let mut tokens = self.tokens(key).lock();
+            let mut tokens = self.tokens(place).lock();
             if self.gate.is_off() {
                 Number::NONE
             } else {
-                tokens.leave(key)
+                tokens.leave(place, key)
             }
         };
         Token {
             memory: Arc::clone(self),
             key: key.clone(),
+            place,
             number,
             spent: false,
         }
@@ -167,13 +171,13 @@ impl Memory {
     ///
     /// The token goes even beside a newer copy: a load under way may have found an absence, which no version would refuse.
     pub fn invalidate(&self, key: &Key, version: Version) -> bool {
-        self.remove_if(key, |copy| copy.version() < Some(version))
+        self.remove_if(key, |stands| stands < Some(version))
     }
 
     /// Removes the copy of a key if exactly `version` stands, and the token: who holds it may have found that version. Whether a copy
     /// was removed.
     pub fn drop_version(&self, key: &Key, version: Version) -> bool {
-        self.remove_if(key, |copy| copy.version() == Some(version))
+        self.remove_if(key, |stands| stands == Some(version))
     }
 
     /// Removes the copy of a key whatever its version, and the token. Whether a copy was removed.
@@ -188,8 +192,8 @@ impl Memory {
         for tokens in &self.tokens {
             tokens.lock().clear_where(&matches);
         }
-        let matching = self.copies.iter().filter(|(key, _)| matches(key));
-        matching.filter(|(key, _)| self.invalidate_key(key)).count()
+        let keys = self.copies.iter().map(|(_, kept)| kept.key());
+        keys.filter(|key| matches(key) && self.invalidate_key(key)).count()
     }
 
     /// Removes every copy and every token, and is off meanwhile. It takes up to a second for millions of copies; nobody waits for it.
@@ -223,28 +227,38 @@ impl Memory {
         self.copies.weight()
     }
 
-    fn remove_if(&self, key: &Key, remove: impl FnOnce(&Copy) -> bool) -> bool {
-        let mut tokens = self.tokens(key).lock();
-        tokens.clear(key);
-        self.copies.remove_if(key, remove).is_some()
+    /// The copy of a key, without a use of it.
+    fn kept(&self, place: Place, key: &Key) -> Option<Kept> {
+        self.copies.peek(&place).filter(|kept| kept.is_of(key))
+    }
+
+    fn remove_if(&self, key: &Key, remove: impl FnOnce(Option<Version>) -> bool) -> bool {
+        let place = self.places.of(key);
+        let mut tokens = self.tokens(place).lock();
+        tokens.clear(place);
+        let removed = self
+            .copies
+            .remove_if(&place, |kept| kept.is_of(key) && remove(kept.version()));
+        removed.is_some()
     }
 
     /// Where the token `number` does not stand, what is older is removed and nothing lands, but that an entry may replace an older entry
     /// if `over_older`.
-    fn land(&self, key: &Key, number: Number, copy: Copy, over_older: bool) -> Landing {
-        let mut tokens = self.tokens(key).lock();
-        let may_land = tokens.clear(key) == Some(number);
+    fn land(&self, token: &Token, copy: Copy, over_older: bool) -> Landing {
+        let (place, key) = (token.place, &token.key);
+        let mut tokens = self.tokens(place).lock();
+        let may_land = tokens.clear(place) == Some(token.number);
         if self.gate.is_off() {
             return Landing::Refused { standing: None };
         }
         #[cfg(feature = "planted-faults")]
         if !over_older && crate::planted::is(crate::planted::Fault::FillWithoutToken) {
-            self.insert(&mut tokens, key, copy);
+            self.insert(&mut tokens, place, key, copy);
             return Landing::Landed;
         }
         #[cfg(feature = "planted-faults")]
         let may_land = may_land || !over_older && crate::planted::is(crate::planted::Fault::FillByVersionOnly);
-        let standing = self.copies.peek(key);
+        let standing = self.kept(place, key).map(Kept::into_copy);
         let stands = standing.as_ref().and_then(Copy::version);
         match (copy.version(), standing) {
             (Some(offered), Some(standing)) if stands == Some(offered) => {
@@ -253,40 +267,39 @@ impl Memory {
                     fresh_until: standing.fresh_until.max(copy.fresh_until),
                     ..standing
                 };
-                self.insert(&mut tokens, key, renewed);
+                self.insert(&mut tokens, place, key, renewed);
                 Landing::Renewed
             }
             (Some(offered), standing) if stands > Some(offered) => Landing::Refused { standing },
             (offered, _) if may_land || (over_older && offered.is_some() && stands.is_some()) => {
-                self.insert(&mut tokens, key, copy);
+                self.insert(&mut tokens, place, key, copy);
                 Landing::Landed
             }
             // Whatever came in between may be newer than this, but what stands is older.
             (Some(_), _) => {
-                self.copies.remove(key);
+                self.copies.remove_if(&place, |kept| kept.is_of(key));
                 Landing::Refused { standing: None }
             }
             (None, standing) => Landing::Refused { standing },
         }
     }
 
-    fn insert(&self, tokens: &mut Tokens, key: &Key, copy: Copy) {
+    fn insert(&self, tokens: &mut Tokens, place: Place, key: &Key, copy: Copy) {
         let mut evicted = Vec::new();
-        self.copies.insert_with_lifecycle(key.clone(), copy, &mut evicted);
+        self.copies
+            .insert_with_lifecycle(place, Kept::new(key, copy), &mut evicted);
         // All of the same shard.
-        for (gone, _) in &evicted {
-            if !tokens.is_empty() {
-                tokens.clear(gone);
-            }
+        for (place, gone) in &evicted {
+            tokens.clear(*place);
             // Its own key's is the copy that it replaced, or itself where it is too large to be kept.
-            if gone != key {
+            if !gone.is_of(key) {
                 self.evictions.count(gone.namespace());
             }
         }
     }
 
-    fn tokens(&self, key: &Key) -> &Mutex<Tokens> {
-        &self.tokens[self.copies.shard_index(key)]
+    fn tokens(&self, place: Place) -> &Mutex<Tokens> {
+        &self.tokens[self.copies.shard_index(&place)]
     }
 }
 
@@ -295,6 +308,7 @@ impl Memory {
 pub struct Token {
     memory: Arc<Memory>,
     key: Key,
+    place: Place,
     number: Number,
     /// Whether a landing has cleared it.
     spent: bool,
@@ -305,27 +319,27 @@ impl Token {
     /// was left. Lands only where the token stands, not even over an older entry elsewhere: what was found may have been withdrawn since,
     /// as a write that the store refuses is.
     ///
-    /// The value should own its bytes: a slice of a larger buffer keeps all of that alive, beyond the bound.
+    /// A large value should own its bytes: a slice of a larger buffer keeps all of that alive, beyond the bound. A small one is copied.
     pub fn land_load(self, copy: Copy) -> Landing {
         self.land(copy, false)
     }
 
     /// Offers the copy of a write that was visible in the slower tiers **before**: lands where the token stands, and over an older entry.
-    /// Nothing older stands afterwards, and no load lands that began before. The value should own its bytes, as that of a load.
+    /// Nothing older stands afterwards, and no load lands that began before. A large value should own its bytes, as that of a load.
     pub fn land_write(self, copy: Copy) -> Landing {
         self.land(copy, true)
     }
 
     fn land(mut self, copy: Copy, over_older: bool) -> Landing {
         self.spent = true;
-        self.memory.land(&self.key, self.number, copy, over_older)
+        self.memory.land(&self, copy, over_older)
     }
 }
 
 impl Drop for Token {
     fn drop(&mut self) {
         if !self.spent {
-            self.memory.tokens(&self.key).lock().give_back(&self.key, self.number);
+            self.memory.tokens(self.place).lock().give_back(self.place, self.number);
         }
     }
 }
@@ -334,21 +348,20 @@ impl Drop for Token {
 #[derive(Debug, Clone)]
 struct Evictions;
 
-impl Lifecycle<Key, Copy> for Evictions {
-    type RequestState = Vec<(Key, Copy)>;
+impl Lifecycle<Place, Kept> for Evictions {
+    type RequestState = Vec<(Place, Kept)>;
 
-    fn on_evict(&self, evicted: &mut Vec<(Key, Copy)>, key: Key, copy: Copy) {
-        evicted.push((key, copy));
+    fn on_evict(&self, evicted: &mut Vec<(Place, Kept)>, place: Place, kept: Kept) {
+        evicted.push((place, kept));
     }
 }
 
 #[derive(Debug, Clone)]
 struct Weigh;
 
-impl Weighter<Key, Copy> for Weigh {
-    fn weight(&self, key: &Key, copy: &Copy) -> u64 {
-        let value = copy.entry.as_ref().map_or(0, |entry| entry.value_bytes());
-        (key.bytes() + value + OVERHEAD_BYTES) as u64
+impl Weighter<Place, Kept> for Weigh {
+    fn weight(&self, _: &Place, kept: &Kept) -> u64 {
+        kept.weight() as u64
     }
 }
 

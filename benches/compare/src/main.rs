@@ -1,6 +1,7 @@
 //! The gateway beside its floor and its peers, in one run: `make bench`.
 //!
-//! Owns the rows, and the order in which their contestants take turns. Does not own the load (`load`), nor who is measured.
+//! Owns the arguments, the roles in which this program is also run as a process of its own, and the order of the stages. Does not own the
+//! stages (`stages`), nor who is measured how. Invariant: what is printed at the end was measured in this run.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -12,6 +13,7 @@
 )]
 
 mod calls;
+mod drain;
 mod floor;
 #[allow(
     dead_code,
@@ -20,21 +22,20 @@ mod floor;
 )]
 #[path = "../../../tests/it/harness/mod.rs"]
 mod harness;
+mod l1;
 mod load;
 mod peers;
 mod plain;
 mod race;
+mod report;
+mod stages;
+mod start;
 
-use std::{env, error::Error, net::SocketAddr, process::Command, time::Duration};
+use std::{env, error::Error, fs, path::PathBuf, thread, time::Instant};
 
-use harness::{
-    Gateway, SOON, Setup, eventually, postgres,
-    process::{Directory, Process},
-    redis,
-};
-use load::Shape;
-use race::{Contestant, Driven, What, race};
-use tidegate::rpc::proto::WriteMode;
+use serde_json::json;
+
+use crate::{report::Report, stages::Stages};
 
 /// Whatever ends the run. Tasks hand it on.
 pub type Failure = Box<dyn Error + Send + Sync>;
@@ -42,103 +43,52 @@ pub type Failure = Box<dyn Error + Send + Sync>;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-const KEYS: usize = 100_000;
-const VALUE_BYTES: usize = 100;
-const SHAPE: Shape = Shape {
-    connections: 8,
-    streams: 16,
-};
-
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    match arguments.first().map(String::as_str) {
-        Some("floor") => floor::serve(arguments[1].parse()?),
-        Some("plain") => tokio::runtime::Runtime::new()?.block_on(plain::serve(&arguments[1], &arguments[2])),
-        _ => tokio::runtime::Runtime::new()?.block_on(probe(&arguments)),
+    let runtime = || tokio::runtime::Runtime::new();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["floor", value_bytes] => floor::serve(value_bytes.parse()?),
+        ["plain", redis, postgres] => runtime()?.block_on(plain::serve(redis, postgres)),
+        [l1::MEMORY_ROLE] => {
+            println!("{}", l1::overhead_bytes_here()?);
+            Ok(())
+        }
+        stages => runtime()?.block_on(run(stages)),
     }
 }
 
-/// A role of this binary, as a process of its own.
-struct Role {
-    process: Process,
-    server: SocketAddr,
-    _directory: Directory,
-}
-
-impl Role {
-    async fn start(role: &str, arguments: &[&str]) -> Result<Role, Failure> {
-        let directory = Directory::new(role);
-        let mut command = Command::new(env::current_exe()?);
-        command.arg(role).args(arguments);
-        let process = Process::start(role, &command, "KILL", directory.path(), role);
-        let server = eventually("the role serves", SOON, async || {
-            let said = process.stderr();
-            let address = said.lines().find_map(|line| line.strip_prefix("serving "));
-            address.and_then(|address| address.parse().ok()).ok_or(said.clone())
-        })
-        .await;
-        Ok(Role {
-            process,
-            server,
-            _directory: directory,
-        })
+/// Runs the stages that are named, or all of them.
+async fn run(named: &[&str]) -> Result<(), Failure> {
+    let began = Instant::now();
+    let quick = env::var_os("QUICK").is_some();
+    let stages = Stages::new(quick);
+    let mut report = Report::default();
+    for (name, what) in Stages::ALL {
+        if !named.is_empty() && !named.contains(&name) {
+            continue;
+        }
+        eprintln!("== {name}: {what}");
+        stages.run(name, &mut report).await?;
     }
-}
-
-async fn probe(arguments: &[String]) -> Result<(), Failure> {
-    let has = |name: &str| arguments.iter().any(|argument| argument == name);
-    let floor = Role::start("floor", &["100"]).await?;
-    let gets = calls::gets(KEYS, VALUE_BYTES)?;
-    let behind = calls::puts(KEYS, VALUE_BYTES, WriteMode::Behind)?;
-    let through = calls::puts(KEYS, VALUE_BYTES, WriteMode::Through)?;
-    let redis = redis::start().await;
-    let database = postgres::database().await;
-    let full = Setup::new().store(&database).redis(&redis.url()).start().await;
-    let no_l1 = Setup::new()
-        .store(&postgres::database().await)
-        .redis(&redis.url())
-        .config("[memory]\nbytes_max = 0\n[redis]\nprefix = \"nol1:\"")
-        .start()
-        .await;
-    let embedded = Setup::new().start().await;
-    load::each_once(full.address, &behind, SHAPE).await?;
-    load::each_once(no_l1.address, &behind, SHAPE).await?;
-    full.drained().await;
-    no_l1.drained().await;
-    let grpc = |name, server, pid, calls: &std::sync::Arc<calls::Calls>, gateway| Contestant {
-        name,
-        what: What::Grpc(Driven {
-            server,
-            pid: Some(pid),
-            calls: std::sync::Arc::clone(calls),
-            shape: SHAPE,
-            keys: 1,
-            gateway,
-        }),
-    };
-    let floor_pid = floor.process.pid();
-    let mut contestants = vec![];
-    if has("get") {
-        contestants.push(grpc("floor get", floor.server, floor_pid, &gets, None));
-        contestants.push(grpc("L1 get", full.address, full.pid(), &gets, None));
-    }
-    if has("l2") {
-        contestants.push(grpc("L2 get", no_l1.address, no_l1.pid(), &gets, None));
-    }
-    if has("put") {
-        contestants.push(grpc("floor put", floor.server, floor_pid, &behind, None));
-        contestants.push(grpc("behind", full.address, full.pid(), &behind, Some(&full)));
-        contestants.push(grpc(
-            "embedded",
-            embedded.address,
-            embedded.pid(),
-            &behind,
-            Some(&embedded),
-        ));
-    }
-    if has("through") {
-        contestants.push(grpc("through", full.address, full.pid(), &through, None));
-    }
-    race(&contestants, 3, Duration::from_secs(3)).await?;
+    let about = json!({
+        "quick": quick,
+        "stages": named,
+        "seconds": began.elapsed().as_secs(),
+        "cores": thread::available_parallelism()?.get(),
+        "processor": processor(),
+    });
+    println!("{}", report.write(&target(), &about)?);
     Ok(())
+}
+
+/// Where the results go: beside what was built.
+fn target() -> PathBuf {
+    let binary = env::current_exe().unwrap_or_default();
+    binary.ancestors().nth(2).map_or_else(PathBuf::new, |target| target.join("bench"))
+}
+
+fn processor() -> Option<String> {
+    let told = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let name = told.lines().find_map(|line| line.strip_prefix("model name"))?;
+    Some(name.trim_start_matches([' ', '\t', ':']).to_owned())
 }

@@ -13,8 +13,10 @@ use super::{
     fs::{JournalFile, JournalFs},
 };
 
-/// How much of a new file is written and synced at a time: groups wait for it.
+/// How much of a new file is written at a time, and synced: groups wait for it.
 const FILL_BYTES: u64 = 1 << 20;
+/// How much of the first one is synced at a time: nobody waits for a group yet, and a start is the sooner done the fewer syncs it takes.
+const FIRST_FILL_BYTES: u64 = 16 << 20;
 
 const SEGMENT_PREFIX: &str = "segment-";
 const SPARE_PREFIX: &str = "spare-";
@@ -76,6 +78,21 @@ struct Filling {
     file: Box<dyn JournalFile>,
     /// How much of it is allocated and synced.
     filled: u64,
+}
+
+impl Filling {
+    /// Writes zeros over the next so many bytes.
+    fn allocate(&mut self, bytes: u64) -> io::Result<()> {
+        let zeros = vec![0; FILL_BYTES.min(bytes) as usize];
+        let mut allocated = 0;
+        while allocated < bytes {
+            let part = (bytes - allocated).min(FILL_BYTES);
+            self.file
+                .write_all_at(&zeros[..part as usize], self.filled + allocated)?;
+            allocated += part;
+        }
+        Ok(())
+    }
 }
 
 /// The outcome of a step towards the next segment.
@@ -143,7 +160,7 @@ impl Segments {
         let mut segments = Segments::new(fs, segment_bytes, files_max, VecDeque::new(), VecDeque::new());
         segments.next_id = id;
         while segments.ready.is_empty() {
-            if segments.prepare()? == Step::DiskFull {
+            if segments.prepare_by(FIRST_FILL_BYTES)? == Step::DiskFull {
                 return Err(io::ErrorKind::StorageFull.into());
             }
         }
@@ -211,6 +228,11 @@ impl Segments {
     /// # Errors
     /// All but a full disk before the file is a segment.
     pub(super) fn prepare(&mut self) -> io::Result<Step> {
+        self.prepare_by(FILL_BYTES)
+    }
+
+    /// The same, with so many bytes to a step.
+    fn prepare_by(&mut self, step_bytes: u64) -> io::Result<Step> {
         if self.is_ready() || self.in_use.len() >= self.files_max {
             return Ok(Step::Nothing);
         }
@@ -223,9 +245,8 @@ impl Segments {
             return Ok(Step::Made);
         }
         if filling.filled < self.segment_bytes {
-            let chunk = FILL_BYTES.min(self.segment_bytes - filling.filled);
-            let zeros = vec![0; chunk as usize];
-            match filling.file.write_all_at(&zeros, filling.filled) {
+            let chunk = step_bytes.min(self.segment_bytes - filling.filled);
+            match filling.allocate(chunk) {
                 Err(error) if is_full(&error) => {
                     self.filling = Some(filling);
                     return Ok(Step::DiskFull);

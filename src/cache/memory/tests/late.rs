@@ -167,7 +167,7 @@ impl Pair {
             }
             Event::Crowd(value_bytes) => {
                 crowd(memory, number, value_bytes);
-                return Ok(Weigh.weight(&key(format!("other {number}")), &copy_of(1, value_bytes)) as usize);
+                return Ok(Kept::new(&key(format!("other {number}")), copy_of(1, value_bytes)).weight());
             }
         }
         Ok(0)
@@ -176,7 +176,7 @@ impl Pair {
     fn land(&mut self, index: Index, by: By, offered: i64, value_bytes: usize) -> Result<usize, TestCaseError> {
         let (at, token, left_at) = self.holders.swap_remove(index.index(self.holders.len()));
         let copy = copy_of(offered, value_bytes);
-        let wanted = Weigh.weight(&key(at), &copy) as usize;
+        let wanted = Kept::new(&key(at), copy.clone()).weight();
         let landing = match by {
             By::Write => token.land_write(copy),
             By::Load => token.land_load(copy),
@@ -206,8 +206,10 @@ fn a_slot_does_what_the_model_does() {
             let before = pair.memory.bytes() as usize;
             let wanted = pair.happen(number, at, event)?;
             for (at, slot) in pair.slots.iter_mut().enumerate() {
-                let stands = pair.memory.copies.peek(&key(at)).map(number_of);
-                prop_assert_eq!(standing(&pair.memory, &key(at)).map(number_of), stands);
+                let key = key(at);
+                let kept = pair.memory.kept(pair.memory.places.of(&key), &key);
+                let stands = kept.map(Kept::into_copy).map(number_of);
+                prop_assert_eq!(standing(&pair.memory, &key).map(number_of), stands);
                 if stands.is_none() && slot.stands.is_some() {
                     prop_assert!(before + wanted > ROOM, "evicted without need");
                     slot.remove_if(|_| true);
