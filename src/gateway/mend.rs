@@ -150,7 +150,7 @@ impl Gateway {
         let Some(redis) = &self.inner.redis else {
             return Ok(());
         };
-        let pending = self.parts().queue.pending(key).map(|pending| pending.entry.version);
+        let pending = self.parts().queue.pending_version(key);
         let republished = self.republish(key).await?;
         // It is in the store by now, or that is not known of it; if it ever was pending.
         if republished == Republished::Gone || pending < Some(version) {

@@ -2,7 +2,7 @@
 //!
 //! Owns the two ways of a write and the order in which tiers are told. Does not own commits (`store::commit`), admission and draining
 //! (the queue). A write's future may be dropped until it is admitted, and nothing has happened; from then on it runs in a task of its
-//! own, to its end.
+//! own, to its end. What most writes behind do not do has its state in a place of its own: it would be moved with each of them.
 
 use std::{future::Future, time::Duration};
 
@@ -73,7 +73,7 @@ impl Gateway {
         let (started, key, await_persisted) = (Instant::now(), request.key.clone(), request.await_persisted);
         let mut written = self.write_as_asked(request, deadline).await;
         if let (true, Ok(accepted)) = (await_persisted, &written) {
-            written = self.persisted(&key, *accepted, deadline).await;
+            written = Box::pin(self.persisted(&key, *accepted, deadline)).await;
         }
         self.count_write(&key, &written, started);
         written
@@ -98,7 +98,7 @@ impl Gateway {
             _ => Some(fingerprint_of_write(&request)),
         };
         let lead = match (id, print) {
-            (Some(id), Some(print)) => match self.turn(&request.key, id, print, deadline).await? {
+            (Some(id), Some(print)) => match Box::pin(self.turn(&request.key, id, print, deadline)).await? {
                 Turned::Lead(lead) => Some(lead),
                 Turned::Answered(done) => return Ok(written(done)),
             },
@@ -112,15 +112,15 @@ impl Gateway {
             deadline,
         };
         if mode == WriteMode::Through {
-            return self.write_through(draft, request.condition, print, lead).await;
+            return Box::pin(self.write_through(draft, request.condition, print, lead)).await;
         }
         let lead = match lead {
             None => None,
             Some(lead) if self.may_be_on_its_way(&lead, settings.queue_full) => {
-                let written = self.write_through(draft, None, print, Some(lead)).await;
+                let written = Box::pin(self.write_through(draft, None, print, Some(lead))).await;
                 return written.map_err(needs_store);
             }
-            Some(lead) => match self.answered_before(&draft, lead).await? {
+            Some(lead) => match Box::pin(self.answered_before(&draft, lead)).await? {
                 Turned::Lead(lead) => Some(lead),
                 Turned::Answered(done) => return Ok(written(done)),
             },
@@ -131,7 +131,7 @@ impl Gateway {
         let admission = (parts.queue).admit(&draft.key, bytes, settings.durability, settings.queue_full, deadline);
         match admission.await? {
             Admission::Granted(claim) => self.write_behind(draft, claim, settings.write_delay, lead).await,
-            Admission::WriteThrough => self.write_through(draft, None, print, lead).await,
+            Admission::WriteThrough => Box::pin(self.write_through(draft, None, print, lead)).await,
         }
     }
 
@@ -350,7 +350,7 @@ impl Gateway {
                     return Err(given_up(error));
                 }
             };
-            let appended = parts.queue.append_anew(lane, held, &write, draft.deadline).await;
+            let appended = Box::pin(parts.queue.append_anew(lane, held, &write, draft.deadline)).await;
             held = appended.map_err(given_up)?;
             copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         }
@@ -371,12 +371,12 @@ impl Gateway {
         parts.flights.detach(&key);
         token.land_write(copy);
         // Superseded at once, or drained by now: then the store may have refused it before it was in L1 to be removed.
-        if parts.queue.pending(&key).map(|pending| pending.entry.version) < Some(version) {
+        if parts.queue.pending_version(&key) < Some(version) {
             parts.memory.drop_version(&key, version);
         }
         if !accepted {
             // What superseded it may have found nothing in Redis and left nothing, and then this entered the empty slot after it.
-            self.withdraw(&key, version).await;
+            Box::pin(self.withdraw(&key, version)).await;
         }
         kill_point!(WritePending);
         Ok(Done {
@@ -389,7 +389,7 @@ impl Gateway {
     /// A version above everything known to stand on the key.
     pub(super) fn stamp(&self, key: &Key, standing: Option<Version>) -> Result<Version, Error> {
         let parts = self.parts();
-        let pending = parts.queue.pending(key).map(|pending| pending.entry.version);
+        let pending = parts.queue.pending_version(key);
         let known = standing.max(pending).max(parts.memory.version(key));
         parts.clock.stamp(known).map_err(not_stamped)
     }

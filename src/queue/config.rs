@@ -12,6 +12,9 @@ use crate::settings::{DAY, Unfit, count, within};
 /// The most drain workers: each holds a connection of the store.
 const DRAIN_WORKERS_MAX: usize = 64;
 
+/// The longest gathering: whoever wants a longer delay wants that of a namespace.
+const DRAIN_INTERVAL_MAX: Duration = Duration::from_secs(10);
+
 /// The settings of the queue.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -32,6 +35,11 @@ pub struct Config {
     pub drain_batch_writes_max: NonZeroUsize,
     /// The bytes at which a commit takes no further write. Default: 4,194,304 (4 MiB). As above.
     pub drain_batch_bytes_max: NonZeroUsize,
+    /// How long a worker gathers writes from one batch to the next, unless there are enough for a whole one or somebody waits for the store.
+    /// The first write after a pause goes at once. Default: 100 ms; 0 gathers only for as long as a commit takes. Longer costs the store less for
+    /// each write, for a small batch takes it nearly as long as a large one, and leaves it behind by as much.
+    #[serde(with = "humantime_serde")]
+    pub drain_interval: Duration,
     /// How long a worker waits after a failed commit; twice as long after each further one. Default: 50 ms. Shorter recovers
     /// sooner and presses a struggling store more.
     #[serde(with = "humantime_serde")]
@@ -50,6 +58,7 @@ impl Default for Config {
             drain_workers: count::<4>(),
             drain_batch_writes_max: count::<1_000>(),
             drain_batch_bytes_max: count::<{ 4 << 20 }>(),
+            drain_interval: Duration::from_millis(100),
             retry_backoff_min: Duration::from_millis(50),
             retry_backoff_max: Duration::from_secs(10),
         }
@@ -74,6 +83,12 @@ impl Config {
             return Err(Unfit::new(
                 "drain_workers",
                 format!("must be at most {DRAIN_WORKERS_MAX}"),
+            ));
+        }
+        if self.drain_interval > DRAIN_INTERVAL_MAX {
+            return Err(Unfit::new(
+                "drain_interval",
+                format!("must be at most {DRAIN_INTERVAL_MAX:?}"),
             ));
         }
         within("retry_backoff_max", self.retry_backoff_max, DAY)?;

@@ -2,8 +2,10 @@
 //!
 //! Owns when a worker acts, how it tries again, and what becomes of a row that the store refuses; also that request ids which no batch takes
 //! along are brought to the store. Does not own the order of draining
-//! (the pending table), the halving of rejected batches (`bisect`) nor what an error means (the store). A batch starts whenever
-//! none is in flight and something is due: there is no linger timer, so batches grow exactly as the store is slow. Invariants: a
+//! (the pending table), the halving of rejected batches (`bisect`) nor what an error means (the store). A batch starts when
+//! none is in flight, something is due, and either a whole batch is there or the last one began long enough ago: what a journal has made durable is
+//! in no hurry, and a store that keeps up would otherwise be given many small batches, each nearly as dear as a large one
+//! (docs/decisions/0024-batches-are-gathered.md has the figures). Invariants: a
 //! worker has one batch in flight; a write leaves the table only once the store holds it, or something newer, or its dead letter;
 //! a failure is never the end of a write. Commits may be repeated, so one with an unknown outcome is simply tried again.
 
@@ -46,6 +48,9 @@ pub(super) struct Worker {
     notices: mpsc::Sender<Notice>,
     batch_writes_max: usize,
     batch_bytes_max: usize,
+    interval: Duration,
+    /// Until when the next batch is gathered.
+    gathers_until: Option<Instant>,
     commits: Retry,
     /// A bisection that an outage interrupted; its rows stay in flight.
     unfinished: Option<Bisection>,
@@ -97,6 +102,8 @@ impl Worker {
             notices,
             batch_writes_max: config.drain_batch_writes_max.get(),
             batch_bytes_max: config.drain_batch_bytes_max.get(),
+            interval: config.drain_interval,
+            gathers_until: None,
             commits: Retry::new(config),
             unfinished: None,
             condemned: VecDeque::new(),
@@ -164,12 +171,18 @@ impl Worker {
             if let Some(batch) = self.unfinished.take() {
                 return Ok(Event::Drain(batch));
             }
-            let batch = self.take();
-            if !batch.is_empty() {
-                return Ok(Event::Drain(Bisection::new(batch)));
+            match self.gathers_until(now) {
+                Some(until) => Some(until),
+                None => {
+                    let batch = self.take();
+                    if !batch.is_empty() {
+                        self.gathers_until = Some(now + self.interval);
+                        return Ok(Event::Drain(Bisection::new(batch)));
+                    }
+                    let due = self.shard().pending.lock().next_due();
+                    due.map(|due| now + due.since(self.shared.clock.now()))
+                }
             }
-            let due = self.shard().pending.lock().next_due();
-            due.map(|due| now + due.since(self.shared.clock.now()))
         } else {
             self.commits.ends_at(closed)
         };
@@ -179,6 +192,17 @@ impl Worker {
         let is_owed = self.shard().pending.lock().loose() > 0;
         let next_remembrance = self.remembrances.ends_at(closed).filter(|_| is_owed);
         Err(wake_at.into_iter().chain(next_try).chain(next_remembrance).min())
+    }
+
+    /// Until when more is gathered, if it is: `None` where a whole batch is there, or nothing may wait.
+    fn gathers_until(&self, now: Instant) -> Option<Instant> {
+        let until = self.gathers_until.filter(|until| now < *until)?;
+        if self.shared.is_hurried() {
+            return None;
+        }
+        let pending = self.shard().pending.lock();
+        let is_whole = pending.entries() >= self.batch_writes_max || pending.bytes() >= self.batch_bytes_max;
+        (!is_whole && !pending.is_awaited()).then_some(until)
     }
 
     /// Request ids that no batch takes along, if there are any and their time has come.

@@ -423,6 +423,11 @@ impl Queue {
         self.shared.shard(key).pending.lock().get(key)
     }
 
+    /// Its version.
+    pub fn pending_version(&self, key: &Key) -> Option<Version> {
+        self.shared.shard(key).pending.lock().version(key)
+    }
+
     /// Tells that the shared caches hold `version` of a key.
     pub fn note_published(&self, key: &Key, version: Version) {
         let mut pending = self.shared.shard(key).pending.lock();

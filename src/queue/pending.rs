@@ -425,6 +425,11 @@ impl<P: Payload> Pending<P> {
         })
     }
 
+    /// The version of a key's newest pending write.
+    pub(super) fn version(&self, key: &Key) -> Option<Version> {
+        self.slots.get(key).map(|slot| slot.newest.entry.version)
+    }
+
     /// The keys of writes that this process accepted before `then`, the recovered ones excepted.
     pub(super) fn accepted_before(&self, then: Timestamp) -> impl Iterator<Item = &Key> {
         let accepted = |slot: &Slot<P>| match slot.course {
@@ -521,6 +526,11 @@ impl<P: Payload> Pending<P> {
     /// Nobody waits any more for what was waited for under this number.
     pub(super) fn take_back(&mut self, key: Option<&Key>, number: u64) {
         self.watchers.take_back(key, number);
+    }
+
+    /// Whether somebody waits for writes to leave.
+    pub(super) fn is_awaited(&self) -> bool {
+        !self.watchers.is_empty()
     }
 
     /// Whether anybody waits for a key.

@@ -2,7 +2,7 @@
 //!
 //! Owns the deadlines of those waits, and that whoever gives up leaves nothing behind. Does not own who is told what (the pending tables), nor
 //! what the store has of other gateways' writes. Everything here is cancel-safe; each wait holds a few words until it ends, so their number is
-//! bounded by the calls that wait. What is waited for is drained at once, whatever the delay.
+//! bounded by the calls that wait. What is waited for is drained at once, whatever the delay, and nothing is gathered while somebody waits.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -114,7 +114,10 @@ impl<'a, T> Wait<'a, T> {
         watch: impl FnOnce(&mut Pending<Held>, Timestamp) -> Option<Watch<T>>,
     ) -> Option<Wait<'a, T>> {
         let now = shared.clock.now();
-        let watch = shared.change(&shared.shards[index], |pending| watch(pending, now))?;
+        let shard = &shared.shards[index];
+        let watch = shared.change(shard, |pending| watch(pending, now))?;
+        // It may be gathering more for its next batch.
+        shard.changed.notify_one();
         Some(Wait {
             shared,
             index,

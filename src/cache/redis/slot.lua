@@ -7,26 +7,32 @@
 local act = ARGV[1]
 local NONE, ABSENT = string.rep('\0', 8), 4
 local TOKEN_MS = 10000
+-- Looked up once: most of a script's time goes into finding functions. Numbers go to commands as text, for Lua's take a slow way there.
+local call, pcall = redis.call, redis.pcall
+local sub, byte, pack, unpack = string.sub, string.byte, struct.pack, struct.unpack
+local HEAD_FIRST, HEAD_LAST, TOKEN_AT = '0', '49', '34'
 
 -- The slot that is looked at, and what stands there.
 local slot, head, ours, standing, absent, token, token_until
 
 local function look(at, bytes)
   slot, head = at, bytes
-  ours = #head == 50 and string.byte(head, 9) == 0xD2 and string.byte(head, 1) < 128
+  local positive, format, flags = byte(head, 1), byte(head, 9, 10)
+  ours = #head == 50 and format == 0xD2 and positive < 128
   standing, absent, token, token_until = false, false, NONE, 0
   if ours then
-    if string.sub(head, 1, 8) ~= NONE then standing = string.sub(head, 1, 8) end
-    absent = not standing and math.floor(string.byte(head, 10) / ABSENT) % 2 == 1
-    token = string.sub(head, 35, 42)
-    token_until = struct.unpack('>I8', string.sub(head, 43, 50))
+    local version = sub(head, 1, 8)
+    if version ~= NONE then standing = version end
+    absent = not standing and math.floor(flags / ABSENT) % 2 == 1
+    token = sub(head, 35, 42)
+    if token ~= NONE then token_until = unpack('>I8', sub(head, 43, 50)) end
   end
 end
 
 local clock
 local function now()
   if not clock then
-    local time = redis.call('TIME')
+    local time = call('TIME')
     clock = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   return clock
@@ -34,39 +40,39 @@ end
 
 -- Below 0 where version a is lower than b, above 0 where it is higher.
 local function compare(a, b)
-  local a_high, a_low = struct.unpack('>I4I4', a)
-  local b_high, b_low = struct.unpack('>I4I4', b)
+  local a_high, a_low = unpack('>I4I4', a)
+  local b_high, b_low = unpack('>I4I4', b)
   if a_high ~= b_high then return a_high - b_high end
   return a_low - b_low
 end
 
 -- Leaves a token. What stands stays, and goes when it would have gone.
 local function leave(given)
-  local ending = struct.pack('>I8', now() + TOKEN_MS)
+  local ending = pack('>I8', now() + TOKEN_MS)
   if standing or absent then
-    redis.call('SETRANGE', slot, 34, given .. ending)
+    call('SETRANGE', slot, TOKEN_AT, given .. ending)
   else
     -- A header of nothing but the token.
     local empty = NONE .. string.char(0xD2, 0) .. string.rep('\0', 24)
-    redis.call('SET', slot, empty .. given .. ending, 'PX', TOKEN_MS)
+    call('SET', slot, empty .. given .. ending, 'PX', tostring(TOKEN_MS))
   end
 end
 
 -- Takes the token away. Where Redis has no room even for that, what stands beside it goes too.
 local function clear()
   if not (standing or absent) then
-    redis.call('UNLINK', slot)
+    call('UNLINK', slot)
   elseif token ~= NONE then
-    local cleared = redis.pcall('SETRANGE', slot, 34, NONE .. NONE)
-    if type(cleared) == 'table' then redis.call('UNLINK', slot) end
+    local cleared = pcall('SETRANGE', slot, TOKEN_AT, NONE .. NONE)
+    if type(cleared) == 'table' then call('UNLINK', slot) end
   end
 end
 
 -- Puts a value in the place of all that stands. Whether Redis had room; where not, what is older does not go on answering.
 local function put(value, kept)
-  local set = redis.pcall('SET', slot, value, 'PX', kept)
+  local set = pcall('SET', slot, value, 'PX', kept)
   if set.err then
-    redis.call('UNLINK', slot)
+    call('UNLINK', slot)
     return false
   end
   return true
@@ -76,7 +82,7 @@ end
 local function each(from, step, with)
   local answers = {}
   for number, at in ipairs(KEYS) do
-    local bytes = redis.pcall('GETRANGE', at, 0, 49)
+    local bytes = pcall('GETRANGE', at, HEAD_FIRST, HEAD_LAST)
     if type(bytes) == 'table' then
       answers[number] = 'W' .. NONE
     else
@@ -108,7 +114,7 @@ if act == 'write' then
   local told = { ARGV[3] }
   local answers = each(4, 5, function(at)
     local given, stamped, value, kept = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
-    local version = string.sub(value, 1, 8)
+    local version = sub(value, 1, 8)
     local higher = standing and compare(standing, version) > 0
     local tokened = token ~= NONE and token == given
     local fits = standing or tokened or (absent and stamped == '')
@@ -119,20 +125,20 @@ if act == 'write' then
     told[#told + 1] = ARGV[at]
     if higher then return 'S' .. standing end
     if fits then return put(value, kept) and 'S' .. version or 'F' .. NONE end
-    if #head > 0 then redis.call('UNLINK', slot) end
+    if #head > 0 then call('UNLINK', slot) end
     return 'S' .. NONE
   end)
-  if #told > 1 then redis.call('PUBLISH', ARGV[2], table.concat(told)) end
+  if #told > 1 then call('PUBLISH', ARGV[2], table.concat(told)) end
   return answers
 end
 
-look(KEYS[1], redis.call('GETRANGE', KEYS[1], 0, 49))
+look(KEYS[1], call('GETRANGE', KEYS[1], HEAD_FIRST, HEAD_LAST))
 
 -- claim TOKEN: the token of a load, unless another's stands that has not ended. Answers 1 or 0, whether it stands now, and what else does.
 if act == 'claim' then
   local mine = token == NONE or token_until <= now()
   if mine then leave(ARGV[2]) end
-  if standing or absent then return (mine and '1' or '0') .. redis.call('GET', slot) end
+  if standing or absent then return (mine and '1' or '0') .. call('GET', slot) end
   return mine and '1' or '0'
 end
 
@@ -146,7 +152,7 @@ end
 -- pending elsewhere. Answers 1 or 0, whether it stands now.
 if act == 'load' then
   if token == NONE or token ~= ARGV[2] then return '0' end
-  local given = string.sub(ARGV[3], 1, 8)
+  local given = sub(ARGV[3], 1, 8)
   if standing and (given == NONE or compare(standing, given) > 0) then
     clear()
     return '0'
@@ -160,22 +166,22 @@ end
 -- Answers 1 or 0, whether it stood.
 if act == 'drop' then
   local stood = standing == ARGV[4]
-  if stood then redis.call('UNLINK', slot) elseif ours then clear() end
-  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  if stood then call('UNLINK', slot) elseif ours then clear() end
+  call('PUBLISH', ARGV[2], ARGV[3])
   return stood and '1' or '0'
 end
 
 -- purge CHANNEL MESSAGE VERSION: what is older than the version goes, a known absence and the token with it.
 if act == 'purge' then
-  if standing and compare(standing, ARGV[4]) >= 0 then clear() else redis.call('UNLINK', slot) end
-  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  if standing and compare(standing, ARGV[4]) >= 0 then clear() else call('UNLINK', slot) end
+  call('PUBLISH', ARGV[2], ARGV[3])
   return ''
 end
 
 -- invalidate CHANNEL MESSAGE: all goes. Answers 1 or 0, whether a copy stood.
 if act == 'invalidate' then
-  redis.call('UNLINK', slot)
-  redis.call('PUBLISH', ARGV[2], ARGV[3])
+  call('UNLINK', slot)
+  call('PUBLISH', ARGV[2], ARGV[3])
   return (standing or absent) and '1' or '0'
 end
 

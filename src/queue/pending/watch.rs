@@ -106,6 +106,11 @@ impl Watchers {
         }
     }
 
+    /// Whether anybody waits for anything.
+    pub(super) fn is_empty(&self) -> bool {
+        self.stored.is_empty() && self.settled.is_empty() && self.all.is_empty()
+    }
+
     /// Whether somebody waits for a key, so that nothing of it is to be delayed.
     pub(super) fn is_watched(&self, key: &Key) -> bool {
         // Nearly always nobody does.
