@@ -71,7 +71,11 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
             durability: BehindDurability::Memory,
             ..NamespaceSettings::default()
         },
-        queue: queue::Config::default(),
+        // What two rigs have lived through ends alike.
+        queue: queue::Config {
+            drain_interval: Duration::ZERO,
+            ..queue::Config::default()
+        },
         memory_bytes: 1 << 20,
         flights_max: 100,
         refreshes_max: REFRESHES_MAX,

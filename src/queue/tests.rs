@@ -1,7 +1,8 @@
 //! The queue over the store in memory: every promise of the handle and of the drain, under scripted faults and paused time. What rests on
-//! the journal is in [`durable`], request ids in [`ids`], who waits in [`waits`].
+//! the journal is in [`durable`], how batches are gathered in [`gathering`] (elsewhere they are not), request ids in [`ids`], who waits in [`waits`].
 
 mod durable;
+mod gathering;
 mod ids;
 mod waits;
 
@@ -60,6 +61,7 @@ fn rig_on(
 ) -> Rig {
     let mut config = Config {
         drain_workers: bound(1),
+        drain_interval: Duration::ZERO,
         ..Config::default()
     };
     change(&mut config);

@@ -84,7 +84,10 @@ async fn run(named: &[&str]) -> Result<(), Failure> {
 /// Where the results go: beside what was built.
 fn target() -> PathBuf {
     let binary = env::current_exe().unwrap_or_default();
-    binary.ancestors().nth(2).map_or_else(PathBuf::new, |target| target.join("bench"))
+    binary
+        .ancestors()
+        .nth(2)
+        .map_or_else(PathBuf::new, |target| target.join("bench"))
 }
 
 fn processor() -> Option<String> {

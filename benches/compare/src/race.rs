@@ -106,7 +106,10 @@ impl Driven<'_> {
         let gateway = self.gateway?;
         let method = self.calls.uri.path().rsplit('/').next().unwrap_or_default();
         let calls = gateway
-            .metric("tidegate_calls_total", &[&format!("method=\"{method}\""), "code=\"OK\""])
+            .metric(
+                "tidegate_calls_total",
+                &[&format!("method=\"{method}\""), "code=\"OK\""],
+            )
             .await;
         let source = format!("source=\"{}\"", self.source.unwrap_or_default());
         Some((calls, gateway.metric("tidegate_reads_total", &[&source]).await))
@@ -135,7 +138,11 @@ impl Raced {
     /// How many times as fast one was as another, round by round.
     pub fn ratios(&self, of: &str, to: &str) -> Result<Vec<f64>, Failure> {
         let (of, to) = (self.of(of)?, self.of(to)?);
-        Ok(of.iter().zip(to).map(|(of, to)| of.per_second / to.per_second).collect())
+        Ok(of
+            .iter()
+            .zip(to)
+            .map(|(of, to)| of.per_second / to.per_second)
+            .collect())
     }
 
     fn of(&self, name: &str) -> Result<&[Figure], Failure> {

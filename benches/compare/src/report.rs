@@ -120,7 +120,11 @@ impl Report {
 }
 
 fn short(value: f64) -> String {
-    if value.abs() >= 20.0 { format!("{value:.0}") } else { format!("{value:.2}") }
+    if value.abs() >= 20.0 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.2}")
+    }
 }
 
 /// The middle one, or the mean of the two in the middle.

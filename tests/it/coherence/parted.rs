@@ -105,7 +105,7 @@ async fn what_is_loaded_past_redis_hides_pending_writes_for_a_second_and_a_half_
     // The store has the older ones.
     ledger.write_each(a.client(), Mode::Behind).await;
     // It is refused what reads need, and hears all the same.
-    allow_reader(&world, &["-get", "-eval", "-evalsha"]).await;
+    allow_reader(&world, &["-get", "-mget", "-eval", "-evalsha"]).await;
     let reading = b.read(ReadConsistency::Cached);
     reading
         .until("the older ones are in L1", |read| {

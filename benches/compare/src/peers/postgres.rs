@@ -17,9 +17,6 @@ use crate::{
 /// The processes of these wait for the disk more than they compute: so many threads drive any number of clients.
 const THREADS: usize = 2;
 
-/// Among which numbers of clients the best is looked for.
-const CLIENTS: [usize; 5] = [8, 16, 32, 64, 128];
-
 /// One upsert. Its parameters travel as text, which for the value are its bytes as they are: it has no backslash.
 fn script(keys: usize) -> String {
     let last = keys - 1;
@@ -94,18 +91,6 @@ impl Pgbench {
             return Err(format!("pgbench overwrote {overwritten} rows and says: {said}").into());
         }
         Ok(told.per_second)
-    }
-
-    /// The number of clients, 128 at most, with the most upserts per second, and how many those are; each number is measured for so long.
-    pub async fn best(&self, how_long: Duration) -> Result<(usize, f64), Failure> {
-        let mut best = (0, 0.0);
-        for clients in CLIENTS {
-            let per_second = self.measure(clients, how_long).await?;
-            if per_second > best.1 {
-                best = (clients, per_second);
-            }
-        }
-        Ok(best)
     }
 }
 
