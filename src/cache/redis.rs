@@ -27,7 +27,14 @@ pub use self::{
     server::{Config, InvalidUrl, Server},
 };
 
-use std::{io::Write as _, sync::Arc, time::Duration};
+use std::{
+    io::Write as _,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use redis::{Cmd, RedisWrite, Script};
@@ -168,6 +175,8 @@ struct Slots {
     epochs: Arc<Epochs>,
     /// How long an answer may take.
     timeout: Duration,
+    /// The size of the largest answer to a look, of late.
+    large_answer_bytes: AtomicUsize,
     /// Where the others hear what was written, and from whom.
     channel: String,
     origin: Origin,
@@ -193,6 +202,7 @@ impl RedisCache {
             script: Script::new(script),
             epochs,
             timeout: config.timeout,
+            large_answer_bytes: AtomicUsize::new(0),
             channel: channel::changes(&config.prefix),
             origin,
         };
@@ -394,10 +404,6 @@ impl Slots {
         })
     }
 
-    fn version(&self, answer: &[u8]) -> Result<Option<Version>, RedisFailure> {
-        layout::version(answer).map_err(|layout::Foreign| self.foreign())
-    }
-
     fn foreign(&self) -> RedisFailure {
         self.link.count(&RedisFailure::Foreign);
         RedisFailure::Foreign
@@ -502,6 +508,14 @@ impl Slots {
         if failure.is_of_connection() {
             self.link.fall(standing.number, failure);
         }
+    }
+
+    /// Notes the largest of the answers to one command; what is not met again fades.
+    fn note_answer_bytes(&self, largest: usize) {
+        // Of one thread's calls: none is lost between the two.
+        let known = self.large_answer_bytes.load(Ordering::Relaxed);
+        self.large_answer_bytes
+            .store(largest.max(known - known.div_ceil(8)), Ordering::Relaxed);
     }
 
     /// What is no answer to what was asked: nobody knows any more which answer is whose.

@@ -63,26 +63,32 @@ pub(crate) struct Rig {
     _tasks: Vec<JoinHandle<()>>,
 }
 
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            // In paused time nothing can wait for the journal's thread.
+            namespace: NamespaceSettings {
+                durability: BehindDurability::Memory,
+                ..NamespaceSettings::default()
+            },
+            // What two rigs have lived through ends alike.
+            queue: queue::Config {
+                drain_interval: Duration::ZERO,
+                ..queue::Config::default()
+            },
+            memory_bytes: 1 << 20,
+            flights_max: 100,
+            refreshes_max: REFRESHES_MAX,
+            journal: sim::journal(),
+            recovered: Vec::new(),
+            requests: requests::Config::default(),
+        }
+    }
+}
+
 /// A gateway over an empty store, changed as a test needs it.
 pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
-    let mut setup = Setup {
-        // In paused time nothing can wait for the journal's thread.
-        namespace: NamespaceSettings {
-            durability: BehindDurability::Memory,
-            ..NamespaceSettings::default()
-        },
-        // What two rigs have lived through ends alike.
-        queue: queue::Config {
-            drain_interval: Duration::ZERO,
-            ..queue::Config::default()
-        },
-        memory_bytes: 1 << 20,
-        flights_max: 100,
-        refreshes_max: REFRESHES_MAX,
-        journal: sim::journal(),
-        recovered: Vec::new(),
-        requests: requests::Config::default(),
-    };
+    let mut setup = Setup::default();
     change(&mut setup);
     setup.namespace.validate().expect("valid");
     setup.queue.validate().expect("valid");

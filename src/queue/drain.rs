@@ -201,7 +201,7 @@ impl Worker {
             return None;
         }
         let pending = self.shard().pending.lock();
-        let is_whole = pending.entries() >= self.batch_writes_max || pending.bytes() >= self.batch_bytes_max;
+        let is_whole = pending.has_due(self.shared.clock.now(), self.batch_writes_max, self.batch_bytes_max);
         (!is_whole && !pending.is_awaited()).then_some(until)
     }
 
@@ -464,6 +464,8 @@ impl Worker {
             tracing::warn!(%error, kind = ?error.kind, "the store does not take pending writes; they are kept and tried again");
         }
         self.commits.failed(Instant::now());
+        // When to try again is for the backoff to say.
+        self.gathers_until = None;
     }
 
     fn recovered(&mut self) {

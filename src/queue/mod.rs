@@ -203,6 +203,8 @@ struct Shared {
     /// How many wait for everything to leave.
     emptying: AtomicUsize,
     retry_backoff_max: Duration,
+    /// How many writes make a whole batch.
+    batch_writes_max: usize,
 }
 
 struct Shard {
@@ -232,6 +234,7 @@ impl Queue {
             dead_lettered: AtomicU64::new(0),
             emptying: AtomicUsize::new(0),
             retry_backoff_max: config.retry_backoff_max,
+            batch_writes_max: config.drain_batch_writes_max.get(),
         });
         for (write, record) in parts.recovered {
             shared.restore(write, record);
@@ -290,12 +293,13 @@ impl Queue {
             Err(message) => message,
         };
         shared.metrics.full.inc();
+        // Nothing is delayed, nor gathered, while somebody wants room.
+        shared.wake_all();
         match full {
             QueueFull::WriteThrough => Ok(Admission::WriteThrough),
             QueueFull::Reject => Err(Error::new(ErrorKind::Overloaded, message).retry_after(self.retry_after())),
             QueueFull::Wait => {
                 let line = shared.budget.line_up();
-                // Nothing is delayed while somebody waits for room.
                 shared.wake_all();
                 let permit = match timeout_at(deadline, line.admit(weight)).await {
                     Ok(Ok(permit)) => permit,
@@ -369,6 +373,9 @@ impl Queue {
         };
         record.release();
         let bytes = write.key.bytes() + write.content_bytes();
+        if self.shared.is_hurried() {
+            self.shared.wake_all();
+        }
         let room = Some(self.shared.journal.room(bytes, deadline).await?);
         self.append(lane, Claim { permit, room }, write, deadline).await
     }
@@ -573,9 +580,13 @@ impl Shared {
         (self.hasher.hash_one(key) % self.shards.len() as u64) as usize
     }
 
-    /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was, or there are more ids to remember.
+    /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was, when one more batch has become whole, or
+    /// when there are more ids to remember.
     fn change<R>(&self, shard: &Shard, change: impl FnOnce(&mut Pending<Held>) -> R) -> R {
-        let look = |pending: &Pending<Held>| (pending.next_due(), pending.loose());
+        let look = |pending: &Pending<Held>| {
+            let batches = pending.waiting() / self.batch_writes_max;
+            (pending.next_due(), pending.loose(), batches)
+        };
         let (before, result, after) = {
             let mut pending = shard.pending.lock();
             let before = look(&pending);
@@ -583,7 +594,7 @@ impl Shared {
             (before, result, look(&pending))
         };
         let is_sooner = (after.0).is_some_and(|due| before.0.is_none_or(|before| due < before));
-        if is_sooner || after.1 > before.1 {
+        if is_sooner || after.1 > before.1 || after.2 > before.2 {
             shard.changed.notify_one();
         }
         result

@@ -484,6 +484,25 @@ impl<P: Payload> Pending<P> {
         self.order.first_key_value().map(|((due, _), _)| *due)
     }
 
+    /// How many writes wait, due or not, and are not in flight.
+    pub(super) fn waiting(&self) -> usize {
+        self.order.len()
+    }
+
+    /// Whether so many writes are due at `now`, or writes of so many bytes.
+    pub(super) fn has_due(&self, now: Timestamp, writes: usize, bytes: usize) -> bool {
+        // Mostly there are not so many in all.
+        if self.order.len() < writes && self.bytes < bytes {
+            return false;
+        }
+        let mut sum = 0;
+        let due = self.order.range(..=(now, u64::MAX));
+        (1..).zip(due).any(|(count, (_, key))| {
+            sum += self.slots.get(key).map_or(0, |slot| slot.newest.weight);
+            count >= writes || sum >= bytes
+        })
+    }
+
     /// How many writes are pending: the newest of each key, and the older ones whose request ids are owed.
     pub(super) fn entries(&self) -> usize {
         self.entries

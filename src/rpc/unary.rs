@@ -4,7 +4,7 @@
 //! HTTP/2 (`router`). It stands in the place of tonic's own stack, which takes streams, compression and interceptors into account,
 //! and for that boxes the body, the call and the answer, and copies the message into a buffer of its own first
 //! (docs/decisions/0022-unary-calls-on-hyper.md has the figures). Invariants: a request that is not exactly one whole message within
-//! its bound changes nothing; nothing is answered before the request has ended, for HTTP/2 would have to reset it.
+//! its bound changes nothing; nothing but a refusal is answered before the request has ended, for HTTP/2 would have to reset it.
 
 use std::{
     future::{Future, poll_fn},

@@ -295,7 +295,7 @@ pub struct CacheMetrics {
     pub channel_up: Gauge,
     /// Subscriptions that were lost.
     pub channel_losses: Counter,
-    /// Messages of gateways, this one's own included.
+    /// Messages of other gateways.
     pub messages_heard: Counter,
     /// Messages of other gateways that were heeded.
     pub messages_heeded: Counter,
@@ -364,7 +364,7 @@ impl CacheMetrics {
         );
         registry.register(
             "invalidation_messages_heard",
-            "Messages of gateways, this one's own included",
+            "Messages of other gateways",
             self.messages_heard.clone(),
         );
         registry.register(

@@ -114,7 +114,7 @@ impl Replica {
     }
 
     /// Publishes without a token: over what is older, and into no empty slot.
-    async fn overwrite(&self, key: &Key, entry: &Entry) -> Result<Published, RedisFailure> {
+    pub async fn overwrite(&self, key: &Key, entry: &Entry) -> Result<Published, RedisFailure> {
         self.publish_entry(key, entry, NOW, LONG, Hold::Nothing).await
     }
 

@@ -14,6 +14,7 @@ use std::{
 };
 
 use futures_core::Stream;
+use futures_util::future::join_all;
 use redis::{aio::MultiplexedConnection, cmd};
 use tidegate::{
     cache::{
@@ -330,4 +331,84 @@ async fn the_sentinel_of_an_epoch_goes_with_what_was_flushed() {
     assert_eq!(bench.heard().await, [told]);
     bench.run(&mut cmd("FLUSHALL")).await;
     assert_eq!(bench.replicas[1].has_sentinel(epoch).await, Ok(false));
+}
+
+#[tokio::test]
+async fn what_is_asked_at_the_same_moment_is_answered_each_by_itself() {
+    let mut bench = Bench::start().await;
+    bench.run(cmd("LPUSH").arg(slot("list")).arg("x")).await;
+    let names: Vec<String> = (0..100).map(|number| format!("k{number}")).collect();
+    let newer = put(i64::MAX);
+    // Every tenth has something newer; and among them is a slot that is not ours.
+    for name in names.iter().step_by(10) {
+        let landed = bench.replicas[1].write(&key(name), &newer, NOW, LONG).await;
+        landed.expect("lands");
+    }
+    bench.heard().await;
+    let replica = &bench.replicas[0];
+    let stamped = |number: i64| version(((now() - VERSION_EPOCH_MILLIS) << 21) + number);
+    let entries: Vec<Entry> = (1..=100).map(|number| put(stamped(number).get())).collect();
+    let writes = iter::zip(&names, &entries)
+        .map(async |(name, entry)| replica.publish_entry(&key(name), entry, NOW, LONG, Hold::Fresh).await);
+    let (list, one) = (key("list"), put(1));
+    let (published, broken) = tokio::join!(join_all(writes), replica.overwrite(&list, &one));
+    let wrong_type = RedisFailure::Refused {
+        code: "WRONGTYPE".to_owned(),
+    };
+    assert_eq!(broken, Err(wrong_type));
+    for (number, published) in published.into_iter().enumerate() {
+        let standing = if number % 10 == 0 {
+            newer.version
+        } else {
+            entries[number].version
+        };
+        assert_eq!(published, Ok(Published::Stands(standing)), "{number}");
+    }
+    let looks = join_all(
+        names
+            .iter()
+            .map(async |name| standing(&bench.replicas[1], &key(name)).await),
+    )
+    .await;
+    for (number, found) in looks.into_iter().enumerate() {
+        let expected = if number % 10 == 0 {
+            newer.clone()
+        } else {
+            entries[number].clone()
+        };
+        assert_eq!(found, Some(expected), "{number}");
+    }
+    let told = bench.heard().await;
+    for (name, entry) in iter::zip(&names, &entries) {
+        let message = (bench.replicas[0].origin, written(&key(name), entry.version));
+        assert_eq!(told.iter().filter(|heard| **heard == message).count(), 1, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_redis_takes_none_of_what_is_published_together() {
+    let mut bench = Bench::start().await;
+    let names: Vec<String> = (0..20).map(|number| format!("k{number}")).collect();
+    for name in names.iter().step_by(3) {
+        bench.replicas[1]
+            .write(&key(name), &put(1), NOW, LONG)
+            .await
+            .expect("lands");
+    }
+    bench.run(cmd("CONFIG").arg("SET").arg("maxmemory").arg(1)).await;
+    let replica = &bench.replicas[0];
+    let stamp = version((now() - VERSION_EPOCH_MILLIS) << 21);
+    let entry = put(stamp.get());
+    let publishing = names.iter().map(async |name| {
+        let published = replica.publish_entry(&key(name), &entry, NOW, LONG, Hold::Fresh).await;
+        published.expect("Redis answers")
+    });
+    let published = join_all(publishing).await;
+    assert_eq!(published, vec![Published::Nothing; names.len()]);
+    // Nor does anything older stand.
+    let keys: usize = cmd("DBSIZE")
+        .query_async(&mut bench.connection)
+        .await
+        .expect("Redis answers");
+    assert_eq!(keys, 0);
 }

@@ -27,6 +27,8 @@ use crate::{Failure, calls};
 
 /// What a version looks like today, so that answers have the length of the gateway's.
 const VERSION: i64 = 1 << 57;
+/// Connections on their way to one thread.
+const HANDOVER_CONNECTIONS_MAX: usize = 128;
 /// As the gateway's.
 const STREAMS_MAX: u32 = 100;
 
@@ -36,7 +38,7 @@ pub fn serve(value_bytes: usize) -> Result<(), Failure> {
     eprintln!("serving {}", listener.local_addr()?);
     let mut threads = Vec::new();
     for _ in 0..thread::available_parallelism()?.get() {
-        let (sender, mut connections) = mpsc::unbounded_channel::<std::net::TcpStream>();
+        let (sender, mut connections) = mpsc::channel::<std::net::TcpStream>(HANDOVER_CONNECTIONS_MAX);
         threads.push(sender);
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         thread::spawn(move || {
@@ -59,7 +61,7 @@ pub fn serve(value_bytes: usize) -> Result<(), Failure> {
         let (stream, _) = listener.accept()?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
-        threads[next].send(stream)?;
+        threads[next].blocking_send(stream)?;
     }
     Ok(())
 }

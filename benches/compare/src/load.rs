@@ -5,12 +5,7 @@
 //! Every gRPC contestant and the floor are driven by this one, on the same threads, so that its own cost is the same part of each figure.
 //! Invariants: an answer counts only with `grpc-status` 0 and as many bytes as are expected at least; any other ends the measurement.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use bytes::Bytes;
 use h2::client::{self, SendRequest};
@@ -20,7 +15,7 @@ use tokio::{
     net::TcpStream,
     runtime,
     task::JoinSet,
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
 use crate::{

@@ -31,9 +31,10 @@ mod report;
 mod stages;
 mod start;
 
-use std::{env, error::Error, fs, path::PathBuf, thread, time::Instant};
+use std::{env, error::Error, fs, path::PathBuf, thread};
 
 use serde_json::json;
+use tokio::time::Instant;
 
 use crate::{report::Report, stages::Stages};
 

@@ -134,7 +134,12 @@ impl Stages {
                     plain.contestant("plain service Get", &small, FEW),
                     driven("etcd Range, serializable", etcd.server, etcd.pid(), &ranges, FEW),
                     asking("redis-benchmark GET", &redis, Ask::Get, RedisShape::APART),
-                    asking("redis-benchmark GET, 16 in a pipeline", &redis, Ask::Get, RedisShape::TOGETHER),
+                    asking(
+                        "redis-benchmark GET, 16 in a pipeline",
+                        &redis,
+                        Ask::Get,
+                        RedisShape::TOGETHER,
+                    ),
                     floor.contestant("floor Get, 64 connections", &small, MANY),
                     reading("Get, L1, 64 connections", &gateway, &small, MANY, 1, "l1"),
                     reading("Get, Redis, 64 connections", &no_l1, &small, MANY, 1, "l2"),
@@ -271,7 +276,12 @@ impl Stages {
                     writing("Put, behind, embedded, 64 connections", &embedded, &behind, MANY, 1),
                     driven("etcd Put, 64 connections", etcd.server, etcd.pid(), &etcd_puts, MANY),
                     asking("redis-benchmark SET, no file", &memory, Ask::Set, RedisShape::APART),
-                    asking("redis-benchmark SET, file always synced", &disk, Ask::Set, RedisShape::APART),
+                    asking(
+                        "redis-benchmark SET, file always synced",
+                        &disk,
+                        Ask::Set,
+                        RedisShape::APART,
+                    ),
                 ],
                 report,
             )

@@ -158,19 +158,19 @@ impl Kept {
 /// out memory, so that none is made larger than it has to be.
 fn block(bytes: usize, write: impl FnOnce(&mut [u8])) -> Bytes {
     match bytes {
-        ..=40 => sized::<40>(bytes, write),
-        ..=56 => sized::<56>(bytes, write),
-        ..=72 => sized::<72>(bytes, write),
-        ..=88 => sized::<88>(bytes, write),
-        ..=104 => sized::<104>(bytes, write),
-        ..=120 => sized::<120>(bytes, write),
-        ..=152 => sized::<152>(bytes, write),
-        ..=184 => sized::<184>(bytes, write),
-        ..=216 => sized::<216>(bytes, write),
-        ..=248 => sized::<248>(bytes, write),
-        ..=312 => sized::<312>(bytes, write),
-        ..=376 => sized::<376>(bytes, write),
-        ..=440 => sized::<440>(bytes, write),
+        0..=40 => sized::<40>(bytes, write),
+        41..=56 => sized::<56>(bytes, write),
+        57..=72 => sized::<72>(bytes, write),
+        73..=88 => sized::<88>(bytes, write),
+        89..=104 => sized::<104>(bytes, write),
+        105..=120 => sized::<120>(bytes, write),
+        121..=152 => sized::<152>(bytes, write),
+        153..=184 => sized::<184>(bytes, write),
+        185..=216 => sized::<216>(bytes, write),
+        217..=248 => sized::<248>(bytes, write),
+        249..=312 => sized::<312>(bytes, write),
+        313..=376 => sized::<376>(bytes, write),
+        377..=440 => sized::<440>(bytes, write),
         _ => sized::<TOGETHER_BYTES_MAX>(bytes, write),
     }
 }

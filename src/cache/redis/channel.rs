@@ -256,11 +256,11 @@ impl Keeper {
             let sent_at = number.and_then(|number| self.beats.sent_at(number));
             return sent_at.map(|at| vec![Heard::Beat(at)]).ok_or(Loss::Foreign);
         }
-        self.metrics.messages_heard.inc();
         if Origin::of(payload) == Some(self.origin) {
             return Ok(Vec::new());
         }
         let (_, messages) = Message::decode(payload).map_err(|_| Loss::Foreign)?;
+        self.metrics.messages_heard.inc_by(messages.len() as u64);
         Ok(messages.into_iter().map(Heard::Message).collect())
     }
 }

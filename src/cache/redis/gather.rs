@@ -2,11 +2,12 @@
 //!
 //! Owns the gathering: whoever asks first begins a turn, which asks for all who have joined it by the time the runtime comes to it. Nobody
 //! waits for company, for whatever else was ready to run has run by then: the writes that one sync of the journal woke, or the reads that
-//! one segment of a connection brought. Does not own what is asked ([`super`]). Limit: [`TOGETHER_MAX`] in one command. Invariants: every
+//! one segment of a connection brought. Does not own what is asked (`questions`). Limits: [`TOGETHER_MAX`] and
+//! [`TOGETHER_BYTES_MAX`] in one command. Invariants: every
 //! question is answered, with what Redis says of it or with what befell all of its command; one that nobody awaits any more is asked all the
 //! same.
 //!
-//! One command for twenty writes costs Redis a fifth of twenty, and the other replicas one message instead of twenty
+//! One command for twenty writes costs Redis less than half of twenty, and the other replicas one message instead of twenty
 //! (docs/decisions/0023-redis-is-asked-together.md has the figures).
 
 use std::{mem, sync::Arc};
@@ -17,15 +18,21 @@ use tokio::sync::oneshot;
 
 use super::{RedisFailure, Slots};
 
-/// How many questions one command asks: an answer may bring the largest value for each, and a script holds Redis up for as long as it runs.
+/// How many questions one command asks: a script holds Redis up for as long as it runs.
 const TOGETHER_MAX: usize = 32;
+
+/// With how many bytes of values a command takes no further question: what brings more is answered late, or not in time, and then all of it.
+const TOGETHER_BYTES_MAX: usize = 256 * 1024;
 
 /// Something that can be asked of many slots in one command.
 pub(super) trait Question: Sized + Send + 'static {
     /// What is answered of one slot.
     type Answer: Send;
 
-    /// Asks all of them, at most [`TOGETHER_MAX`]. As many answers as questions, in their order.
+    /// The bytes of the value that it sends, or is likely to be answered with.
+    fn bytes(&self, slots: &Slots) -> usize;
+
+    /// Asks all of them. As many answers as questions, in their order.
     fn ask(slots: &Slots, questions: &[Self]) -> impl Future<Output = Result<Answers<Self>, RedisFailure>> + Send;
 }
 
@@ -68,22 +75,25 @@ impl<Q: Question> Gather<Q> {
 }
 
 async fn turn<Q: Question>(slots: &Slots, asked: Vec<Asked<Q>>) {
-    let (mut questions, mut waiting): (Vec<Q>, Vec<_>) =
-        asked.into_iter().map(|asked| (asked.question, asked.answer)).unzip();
-    let mut commands = Vec::with_capacity(questions.len().div_ceil(TOGETHER_MAX));
-    while !questions.is_empty() {
-        let behind = questions.split_off(questions.len().min(TOGETHER_MAX));
-        let together = mem::replace(&mut questions, behind);
-        let behind = waiting.split_off(together.len());
-        let waiting = mem::replace(&mut waiting, behind);
+    let mut commands = Vec::with_capacity(asked.len().div_ceil(TOGETHER_MAX));
+    let mut asked = asked.into_iter().peekable();
+    while asked.peek().is_some() {
+        let (mut questions, mut waiting, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while questions.len() < TOGETHER_MAX
+            && bytes < TOGETHER_BYTES_MAX
+            && let Some(Asked { question, answer }) = asked.next()
+        {
+            bytes += question.bytes(slots);
+            questions.push(question);
+            waiting.push(answer);
+        }
         commands.push(async move {
-            let answers = Q::ask(slots, &together).await;
             // Whoever went away hears nothing.
-            match answers {
-                Ok(answers) => waiting
-                    .into_iter()
-                    .zip(answers)
-                    .for_each(|(waiting, answer)| drop(waiting.send(answer))),
+            match Q::ask(slots, &questions).await {
+                Ok(answers) => {
+                    let answered = waiting.into_iter().zip(answers);
+                    answered.for_each(|(waiting, answer)| drop(waiting.send(answer)));
+                }
                 Err(failure) => waiting
                     .into_iter()
                     .for_each(|waiting| drop(waiting.send(Err(failure.clone())))),

@@ -2,7 +2,7 @@
 //!
 //! Owns their bytes, both ways. Does not own when they are asked (`gather`). Invariant: what is wrong with one slot is said of that slot alone.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use bytes::Bytes;
 use redis::{Cmd, Value};
@@ -14,7 +14,10 @@ use super::{
     millis, write_joined,
 };
 use crate::{
-    cache::{layout::HEADER_BYTES, message::Message},
+    cache::{
+        layout::{self, HEADER_BYTES},
+        message::Message,
+    },
     model::{Key, Timestamp, Version},
 };
 
@@ -27,6 +30,11 @@ pub(super) struct Look(pub(super) Key);
 
 impl Question for Look {
     type Answer = Option<Vec<u8>>;
+
+    /// Nobody knows before: what the largest of the last answers had.
+    fn bytes(&self, slots: &Slots) -> usize {
+        slots.large_answer_bytes.load(Ordering::Relaxed)
+    }
 
     async fn ask(slots: &Slots, looks: &[Look]) -> Result<Answers<Look>, RedisFailure> {
         let adopted = slots.adopted()?;
@@ -45,6 +53,11 @@ impl Question for Look {
         if values.len() != looks.len() {
             return Err(slots.unheard_of(&standing));
         }
+        let largest = values.iter().map(|value| match value {
+            Value::BulkString(bytes) => bytes.len(),
+            _ => 0,
+        });
+        slots.note_answer_bytes(largest.max().unwrap_or(0));
         let read = |value| match value {
             Value::BulkString(bytes) => Ok(Some(bytes)),
             Value::Nil => Ok(None),
@@ -60,6 +73,10 @@ pub(super) struct Entrance(pub(super) Key, pub(super) SlotToken);
 
 impl Question for Entrance {
     type Answer = Entered;
+
+    fn bytes(&self, _slots: &Slots) -> usize {
+        0
+    }
 
     async fn ask(slots: &Slots, entrances: &[Entrance]) -> Result<Answers<Entrance>, RedisFailure> {
         let keys: Vec<&Key> = entrances.iter().map(|Entrance(key, _)| key).collect();
@@ -79,7 +96,7 @@ impl Question for Entrance {
             match letter {
                 b'E' => Ok(Entered {
                     token: SlotToken(read_chunk(tokens.next())?),
-                    standing: slots.version(version)?,
+                    standing: version_of(version)?,
                 }),
                 letter => Err(refused(*letter)),
             }
@@ -111,6 +128,10 @@ pub(super) struct Publication {
 impl Question for Publication {
     type Answer = Published;
 
+    fn bytes(&self, _slots: &Slots) -> usize {
+        self.value.as_ref().map_or(0, Bytes::len)
+    }
+
     async fn ask(slots: &Slots, publications: &[Publication]) -> Result<Answers<Publication>, RedisFailure> {
         let keys: Vec<&Key> = publications.iter().map(|publication| &publication.key).collect();
         let argue = |command: &mut Cmd| {
@@ -120,10 +141,13 @@ impl Question for Publication {
             }
         };
         let answer = slots.run_on(&keys, "write", argue).await?;
+        if answer.len() != ANSWER_BYTES * keys.len() {
+            return Err(RedisFailure::Foreign);
+        }
         let read = |answer: &[u8]| {
             let (letter, version) = answer.split_first().ok_or(RedisFailure::Foreign)?;
             match letter {
-                b'S' => Ok(slots.version(version)?.map_or(Published::Nothing, Published::Stands)),
+                b'S' => Ok(version_of(version)?.map_or(Published::Nothing, Published::Stands)),
                 b'L' => Ok(Published::Late),
                 b'F' => {
                     slots.link.count(&RedisFailure::Refused { code: "OOM".to_owned() });
@@ -151,6 +175,10 @@ impl Publication {
         write_joined(command, &[&self.header, self.value.as_deref().unwrap_or_default()]);
         command.arg(millis(self.kept));
     }
+}
+
+fn version_of(answer: &[u8]) -> Result<Option<Version>, RedisFailure> {
+    layout::version(answer).map_err(|layout::Foreign| RedisFailure::Foreign)
 }
 
 fn refused(letter: u8) -> RedisFailure {

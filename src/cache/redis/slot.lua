@@ -68,10 +68,13 @@ local function clear()
   end
 end
 
--- Puts a value in the place of all that stands. Whether Redis had room; where not, what is older does not go on answering.
+-- Puts a value in the place of all that stands. Whether Redis had room; where not, what is older does not go on answering. Once there was no
+-- room nothing more is tried: Redis refuses a script for want of memory only until the script has changed something, and an UNLINK has.
+local is_full = false
 local function put(value, kept)
-  local set = pcall('SET', slot, value, 'PX', kept)
-  if set.err then
+  local set = not is_full and pcall('SET', slot, value, 'PX', kept)
+  if not set or set.err then
+    is_full = true
     call('UNLINK', slot)
     return false
   end
@@ -79,10 +82,12 @@ local function put(value, kept)
 end
 
 -- Does something with each slot, and gathers the answers, nine bytes for each: a letter, and eight more. W: what stands is no string, nor ours.
+-- What is to be `gone` is so for whoever comes to its slot next, and goes at the end, for the sake of `put`.
+local gone = {}
 local function each(from, step, with)
   local answers = {}
   for number, at in ipairs(KEYS) do
-    local bytes = pcall('GETRANGE', at, HEAD_FIRST, HEAD_LAST)
+    local bytes = gone[at] and '' or pcall('GETRANGE', at, HEAD_FIRST, HEAD_LAST)
     if type(bytes) == 'table' then
       answers[number] = 'W' .. NONE
     else
@@ -90,6 +95,7 @@ local function each(from, step, with)
       answers[number] = with(from + (number - 1) * step)
     end
   end
+  for at in pairs(gone) do call('UNLINK', at) end
   return table.concat(answers)
 end
 
@@ -124,8 +130,11 @@ if act == 'write' then
     end
     told[#told + 1] = ARGV[at]
     if higher then return 'S' .. standing end
-    if fits then return put(value, kept) and 'S' .. version or 'F' .. NONE end
-    if #head > 0 then call('UNLINK', slot) end
+    if fits then
+      gone[slot] = nil
+      return put(value, kept) and 'S' .. version or 'F' .. NONE
+    end
+    if #head > 0 then gone[slot] = true end
     return 'S' .. NONE
   end)
   if #told > 1 then call('PUBLISH', ARGV[2], table.concat(told)) end

@@ -160,7 +160,7 @@ impl RedisCache {
         read.await.inspect_err(|failure| self.slots.link.count(failure))
     }
 
-    /// Publishes a beat of this process, for its own [`channel`], on the server for which the epoch holds.
+    /// Publishes a beat of this process, for its own [`channel`](super::channel), on the server for which the epoch holds.
     ///
     /// Dropped or failed, it may be heard or not, and either is harmless.
     ///
