@@ -200,8 +200,8 @@ impl Worker {
         if self.shared.is_hurried() {
             return None;
         }
-        let pending = self.shard().pending.lock();
-        let is_whole = pending.has_due(self.shared.clock.now(), self.batch_writes_max, self.batch_bytes_max);
+        let mut pending = self.shard().pending.lock();
+        let is_whole = pending.gather(self.shared.clock.now(), self.batch_writes_max, self.batch_bytes_max);
         (!is_whole && !pending.is_awaited()).then_some(until)
     }
 

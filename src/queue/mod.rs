@@ -203,8 +203,6 @@ struct Shared {
     /// How many wait for everything to leave.
     emptying: AtomicUsize,
     retry_backoff_max: Duration,
-    /// How many writes make a whole batch.
-    batch_writes_max: usize,
 }
 
 struct Shard {
@@ -234,7 +232,6 @@ impl Queue {
             dead_lettered: AtomicU64::new(0),
             emptying: AtomicUsize::new(0),
             retry_backoff_max: config.retry_backoff_max,
-            batch_writes_max: config.drain_batch_writes_max.get(),
         });
         for (write, record) in parts.recovered {
             shared.restore(write, record);
@@ -580,13 +577,10 @@ impl Shared {
         (self.hasher.hash_one(key) % self.shards.len() as u64) as usize
     }
 
-    /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was, when one more batch has become whole, or
-    /// when there are more ids to remember.
+    /// Changes a shard under its lock, and wakes its worker when something is due sooner than it was, when its batch has become whole, or when there
+    /// are more ids to remember.
     fn change<R>(&self, shard: &Shard, change: impl FnOnce(&mut Pending<Held>) -> R) -> R {
-        let look = |pending: &Pending<Held>| {
-            let batches = pending.waiting() / self.batch_writes_max;
-            (pending.next_due(), pending.loose(), batches)
-        };
+        let look = |pending: &Pending<Held>| (pending.next_due(), pending.loose(), pending.is_gathered());
         let (before, result, after) = {
             let mut pending = shard.pending.lock();
             let before = look(&pending);
@@ -594,7 +588,7 @@ impl Shared {
             (before, result, look(&pending))
         };
         let is_sooner = (after.0).is_some_and(|due| before.0.is_none_or(|before| due < before));
-        if is_sooner || after.1 > before.1 || after.2 > before.2 {
+        if is_sooner || after.1 > before.1 || (after.2 && !before.2) {
             shard.changed.notify_one();
         }
         result

@@ -81,6 +81,8 @@ pub(super) struct Pending<P> {
     slots: HashMap<Key, Slot<P>, RandomState>,
     /// The keys of every waiting slot, by due time and number.
     order: BTreeMap<(Timestamp, u64), Key>,
+    /// How many of those a worker wants that gathers a batch.
+    wanted: Option<usize>,
     /// The keys of every slot, in order.
     ordered: Ordered,
     /// The request ids whose key has no slot to go with.
@@ -109,6 +111,7 @@ impl<P: Payload> Pending<P> {
         Pending {
             slots: HashMap::default(),
             order: BTreeMap::new(),
+            wanted: None,
             ordered: Ordered::default(),
             loose: Loose::new(),
             shares: Shares::default(),
@@ -484,23 +487,25 @@ impl<P: Payload> Pending<P> {
         self.order.first_key_value().map(|((due, _), _)| *due)
     }
 
-    /// How many writes wait, due or not, and are not in flight.
-    pub(super) fn waiting(&self) -> usize {
-        self.order.len()
+    /// Whether so many writes are due at `now`, or writes of so many bytes. Where not, [`Pending::is_gathered`] says so once as many more wait as
+    /// were lacking.
+    pub(super) fn gather(&mut self, now: Timestamp, writes: usize, bytes: usize) -> bool {
+        let (mut due, mut sum) = (0, 0);
+        for (_, key) in self.order.range(..=(now, u64::MAX)) {
+            due += 1;
+            sum += self.slots.get(key).map_or(0, |slot| slot.newest.weight);
+            if due >= writes || sum >= bytes {
+                self.wanted = None;
+                return true;
+            }
+        }
+        self.wanted = Some(self.order.len() + writes - due);
+        false
     }
 
-    /// Whether so many writes are due at `now`, or writes of so many bytes.
-    pub(super) fn has_due(&self, now: Timestamp, writes: usize, bytes: usize) -> bool {
-        // Mostly there are not so many in all.
-        if self.order.len() < writes && self.bytes < bytes {
-            return false;
-        }
-        let mut sum = 0;
-        let due = self.order.range(..=(now, u64::MAX));
-        (1..).zip(due).any(|(count, (_, key))| {
-            sum += self.slots.get(key).map_or(0, |slot| slot.newest.weight);
-            count >= writes || sum >= bytes
-        })
+    /// Whether as many writes wait as were wanted, if any were: due or not.
+    pub(super) fn is_gathered(&self) -> bool {
+        self.wanted.is_some_and(|wanted| self.order.len() >= wanted)
     }
 
     /// How many writes are pending: the newest of each key, and the older ones whose request ids are owed.

@@ -84,11 +84,11 @@ impl Stages {
     }
 
     fn rounds(&self) -> usize {
-        if self.quick { 2 } else { 5 }
+        if self.quick { 1 } else { 5 }
     }
 
     fn turn(&self) -> Duration {
-        Duration::from_millis(if self.quick { 1_000 } else { 2_000 })
+        Duration::from_millis(if self.quick { 700 } else { 1_500 })
     }
 
     async fn race(&self, contestants: &[Contestant<'_>], report: &mut Report) -> Result<Raced, Failure> {
