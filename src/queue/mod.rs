@@ -297,6 +297,7 @@ impl Queue {
             QueueFull::Reject => Err(Error::new(ErrorKind::Overloaded, message).retry_after(self.retry_after())),
             QueueFull::Wait => {
                 let line = shared.budget.line_up();
+                // Once more, for only now the workers see that somebody waits.
                 shared.wake_all();
                 let permit = match timeout_at(deadline, line.admit(weight)).await {
                     Ok(Ok(permit)) => permit,

@@ -3,9 +3,8 @@
 //! Owns the gathering: whoever asks first begins a turn, which asks for all who have joined it by the time the runtime comes to it. Nobody
 //! waits for company, for whatever else was ready to run has run by then: the writes that one sync of the journal woke, or the reads that
 //! one segment of a connection brought. Does not own what is asked (`questions`). Limits: [`TOGETHER_MAX`] and
-//! [`TOGETHER_BYTES_MAX`] in one command. Invariants: every
-//! question is answered, with what Redis says of it or with what befell all of its command; one that nobody awaits any more is asked all the
-//! same.
+//! [`TOGETHER_BYTES_MAX`] in one command. Invariants: every question is answered, with what Redis says of it or with what befell all of
+//! its command; one that nobody awaits any more is asked all the same.
 //!
 //! One command for twenty writes costs Redis less than half of twenty, and the other replicas one message instead of twenty
 //! (docs/decisions/0023-redis-is-asked-together.md has the figures).
