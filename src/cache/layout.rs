@@ -6,15 +6,17 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 0..8 | version, big-endian; 0 where no entry stands |
+//! | 0..8 | version, big-endian; 0 where no entry stands and none has gone |
 //! | 8 | mark and format: `0xD0` + 2. The mark tells our values from others; it stays in every format |
-//! | 9 | flags: 1 = tombstone, 2 = has an expiry, 4 = a known absence (and no entry); all others 0 |
+//! | 9 | flags: 1 = tombstone, 2 = has an expiry, 4 = a known absence, 8 = a floor (and no entry, either); all others 0 |
 //! | 10..18 | `loaded_at`, milliseconds since the Unix epoch, big-endian, as the next two |
 //! | 18..26 | `fresh_until` |
 //! | 26..34 | `expires_at`; 0 without the flag |
 //! | 34..42 | the token of who will land; 0 for none |
 //! | 42..50 | until when others wait for it, by Redis's clock; 0 without a token |
 //! | 50.. | the value, byte for byte; nothing for a tombstone, and where no entry stands |
+//!
+//! A floor is the version of what went from the slot, which is otherwise empty: what is older may still be on its way there, and must not enter.
 
 use bytes::Bytes;
 
@@ -32,6 +34,7 @@ const FORMAT: u8 = 0xD2;
 const TOMBSTONE: u8 = 1;
 const EXPIRES: u8 = 2;
 const ABSENT: u8 = 4;
+const FLOOR: u8 = 8;
 
 /// A value that this gateway did not write, or one of a newer format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -63,7 +66,7 @@ pub(super) fn header(copy: &Copy) -> [u8; HEADER_BYTES] {
     header
 }
 
-/// The copy that a slot holds, if it holds more than a token. Its value shares the given bytes.
+/// The copy that a slot holds, if it holds more than a token or a floor. Its value shares the given bytes.
 ///
 /// # Errors
 /// [`Foreign`] for anything that [`header`], a value and the script do not make.
@@ -82,9 +85,11 @@ pub(super) fn decode(slot: Bytes) -> Result<Option<Copy>, Foreign> {
         return Err(Foreign);
     }
     let payload = slot.slice(HEADER_BYTES..);
+    let is_bare = payload.is_empty() && header[10..34] == [0; 24];
     let entry = match (Version::new(number(0)), flags) {
-        // Nothing but a token.
-        (None, 0) if number(0) == 0 && payload.is_empty() && header[10..34] == [0; 24] => return Ok(None),
+        // Nothing but a token, or a floor.
+        (None, 0) if number(0) == 0 && is_bare => return Ok(None),
+        (Some(_), FLOOR) if is_bare => return Ok(None),
         (None, ABSENT) if number(0) == 0 && payload.is_empty() && number(26) == 0 => None,
         (Some(version), flags) if flags & !(TOMBSTONE | EXPIRES) == 0 => {
             let value = match flags & TOMBSTONE {
@@ -189,6 +194,21 @@ mod tests {
             let _ = decode(Bytes::from(value.clone()));
             let _ = version(&value);
         }
+    }
+
+    #[test]
+    fn a_floor_is_no_copy() {
+        let mut slot = [0; HEADER_BYTES];
+        slot[7..10].copy_from_slice(&[7, FORMAT, FLOOR]);
+        slot[34..].fill(7);
+        assert_eq!(decode(Bytes::copy_from_slice(&slot)), Ok(None));
+        for at in (0..1).chain(9..34) {
+            let mut slot = slot;
+            slot[at] = 0xF0;
+            assert_eq!(decode(Bytes::copy_from_slice(&slot)), Err(Foreign), "{at}");
+        }
+        slot[7] = 0;
+        assert_eq!(decode(Bytes::copy_from_slice(&slot)), Err(Foreign), "of nothing");
     }
 
     #[test]

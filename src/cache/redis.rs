@@ -140,14 +140,15 @@ pub enum Hold {
     Token(SlotToken),
     /// It may replace what is older, and enter no empty slot.
     Nothing,
-    /// It was accepted just now, and is not in the store: into an empty slot, too, while its stamp is at most ten seconds old.
+    /// It was accepted just now, and is not in the store: into an empty slot, too, while its stamp is at most ten seconds old, and nothing as new
+    /// has gone from there.
     Fresh,
 }
 
 /// What came of publishing a write. Nothing older stands in any case but `Late`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Published {
-    /// This version stands: the write's own, or a higher one.
+    /// This version stands: the write's own, or a higher one; or nothing does, and a higher one has gone.
     Stands(Version),
     /// Nothing stands: the slot was empty, or Redis has no room.
     Nothing,

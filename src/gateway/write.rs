@@ -329,7 +329,8 @@ impl Gateway {
                 Published::Stands(standing)
                     if standing <= write.entry.version || parts.clock.stamped_since(standing) =>
                 {
-                    stands = true;
+                    // What is higher may be a floor, which answers nobody.
+                    stands = standing == write.entry.version;
                     break;
                 }
                 Published::Stands(standing) => Some(standing),

@@ -415,7 +415,7 @@ async fn a_flushed_redis_is_empty_and_learns_the_script_again() {
             .await;
         flush.expect("flushes");
         assert_eq!(standing(&cache, &key("k")).await, None);
-        assert_eq!(cache.drop_version(&key("k"), version(number)).await, Ok(false));
+        assert_eq!(cache.drop_version(&key("other"), version(number)).await, Ok(false));
     }
     assert_eq!(metrics.redis_errors.get(), 0);
 }

@@ -207,6 +207,49 @@ async fn a_write_behind_write_that_comes_too_late_enters_no_empty_slot_and_nobod
     assert_eq!(fresh(&bench, &old).await, Published::Stands(old.version));
 }
 
+/// A network may hold what a gateway has published, and given up, and deliver it behind all that others have done meanwhile.
+#[tokio::test]
+async fn what_comes_late_enters_no_slot_from_which_something_newer_has_gone() {
+    let mut bench = Bench::start().await;
+    let [late, gone] = [1, 2].map(|counter| put(((now() - VERSION_EPOCH_MILLIS) << 21) + counter));
+    for (name, newer) in [
+        ("purged", true),
+        ("dropped", true),
+        ("invalidated", true),
+        ("refused", false),
+    ] {
+        let (k, [one, other]) = (key(name), &bench.replicas);
+        if newer {
+            other.write(&k, &gone, NOW, LONG).await.expect("lands");
+        }
+        match name {
+            "purged" => other.purge(&k, version(gone.version.get() + 1)).await.expect("purged"),
+            "dropped" => assert_eq!(other.drop_version(&k, gone.version).await, Ok(true)),
+            "invalidated" => assert_eq!(other.invalidate(&k).await, Ok(true)),
+            // Written through, and its token was gone by then.
+            _ => {
+                let published = other.publish_entry(&k, &gone, NOW, LONG, Hold::Nothing).await;
+                assert_eq!(published, Ok(Published::Nothing));
+            }
+        }
+        let published = one.publish_entry(&k, &late, NOW, LONG, Hold::Fresh).await;
+        let Ok(Published::Stands(floor)) = published else {
+            panic!("{name}: {published:?}");
+        };
+        assert!(floor >= gone.version, "{name}");
+        assert_eq!(standing(other, &k).await, None, "{name}");
+        // Nor does that very version, but by a token; and what the store says does.
+        let published = one.publish_entry(&k, &gone, NOW, LONG, Hold::Fresh).await;
+        assert_ne!(published, Ok(Published::Stands(gone.version)), "{name}");
+        let claimed = one.claim(&k, SlotToken::random()).await.expect("Redis answers");
+        let token = claimed.token.expect("nobody else has it");
+        let newest = put(floor.get());
+        assert_eq!(load(one, name, token, Some(newest.clone())).await, Ok(true), "{name}");
+        assert_eq!(standing(other, &k).await, Some(newest), "{name}");
+    }
+    bench.heard().await;
+}
+
 #[tokio::test]
 async fn a_full_redis_still_forgets_and_tells() {
     let mut bench = Bench::start().await;

@@ -9,7 +9,7 @@ use crate::planted::{self, Fault};
 /// The script, or with [`Fault::FillByVersionOnly`] one that asks a load for no token, and with [`Fault::FillWithoutToken`] for nothing.
 pub(super) fn or_unguarded(script: &str) -> Cow<'_, str> {
     const TOKEN: &str = "if token == NONE or token ~= ARGV[2] then return '0' end";
-    const VERSION: &str = "if standing and (given == NONE or compare(standing, given) > 0) then";
+    const VERSION: &str = "if known and (given == NONE or compare(known, given) > 0) then";
     if planted::is(Fault::FillWithoutToken) {
         Cow::Owned(script.replace(TOKEN, "").replace(VERSION, "if false then"))
     } else if planted::is(Fault::FillByVersionOnly) {

@@ -1,29 +1,29 @@
--- The slot of a key. It holds an entry (or a known absence), a token, or both, as src/cache/layout.rs lays it out; all of its changes
--- are made here. Versions are compared as two unsigned halves: Lua's numbers are doubles, and the order of its strings depends on the
+-- The slot of a key. It holds an entry (or a known absence, or a floor), a token, or both, as src/cache/layout.rs lays it out; all of its
+-- changes are made here. A floor is the version of what went: the slot answers nothing, and refuses what is older, which may be late. Versions are compared as two unsigned halves: Lua's numbers are doubles, and the order of its strings depends on the
 -- locale. What is not laid out so is not ours, and makes room.
 --
 -- KEYS     the slot; of what many callers ask at once, several
 -- ARGV[1]  what to do; the others are told where it is done
 local act = ARGV[1]
-local NONE, ABSENT = string.rep('\0', 8), 4
-local TOKEN_MS = 10000
+local NONE, ABSENT, FLOOR = string.rep('\0', 8), 4, 8
+-- What is stamped and not in the store enters no empty slot later than the first; a floor is there for longer.
+local TOKEN_MS, FLOOR_MS = 10000, '60000'
 -- Looked up once: most of a script's time goes into finding functions. Numbers go to commands as text, for Lua's take a slow way there.
 local call, pcall = redis.call, redis.pcall
 local sub, byte, pack, unpack = string.sub, string.byte, struct.pack, struct.unpack
 local HEAD_FIRST, HEAD_LAST, TOKEN_AT = '0', '49', '34'
 
 -- The slot that is looked at, and what stands there.
-local slot, head, ours, standing, absent, token, token_until
+local slot, head, ours, standing, floor, absent, token, token_until
 
 local function look(at, bytes)
   slot, head = at, bytes
   local positive, format, flags = byte(head, 1), byte(head, 9, 10)
   ours = #head == 50 and format == 0xD2 and positive < 128
-  standing, absent, token, token_until = false, false, NONE, 0
+  standing, floor, absent, token, token_until = false, false, false, NONE, 0
   if ours then
     local version = sub(head, 1, 8)
-    if version ~= NONE then standing = version end
-    absent = not standing and math.floor(flags / ABSENT) % 2 == 1
+    if version == NONE then absent = flags == ABSENT elseif flags == FLOOR then floor = version else standing = version end
     token = sub(head, 35, 42)
     if token ~= NONE then token_until = unpack('>I8', sub(head, 43, 50)) end
   end
@@ -46,26 +46,40 @@ local function compare(a, b)
   return a_low - b_low
 end
 
+-- A header without a copy: a token alone, or a floor.
+local function bare(version, flags, given, ending)
+  return version .. string.char(0xD2, flags) .. string.rep('\0', 24) .. given .. ending
+end
+
 -- Leaves a token. What stands stays, and goes when it would have gone.
 local function leave(given)
   local ending = pack('>I8', now() + TOKEN_MS)
-  if standing or absent then
+  if standing or absent or floor then
     call('SETRANGE', slot, TOKEN_AT, given .. ending)
   else
-    -- A header of nothing but the token.
-    local empty = NONE .. string.char(0xD2, 0) .. string.rep('\0', 24)
-    call('SET', slot, empty .. given .. ending, 'PX', tostring(TOKEN_MS))
+    call('SET', slot, bare(NONE, 0, given, ending), 'PX', tostring(TOKEN_MS))
   end
 end
 
 -- Takes the token away. Where Redis has no room even for that, what stands beside it goes too.
 local function clear()
-  if not (standing or absent) then
+  if not (standing or absent or floor) then
     call('UNLINK', slot)
   elseif token ~= NONE then
     local cleared = pcall('SETRANGE', slot, TOKEN_AT, NONE .. NONE)
     if type(cleared) == 'table' then call('UNLINK', slot) end
   end
+end
+
+-- Whatever the slot holds goes, and what is older than this version, or than the floor, does not come back.
+local function sink(at, version)
+  local set = pcall('SET', at, bare(version, FLOOR, NONE, NONE), 'PX', FLOOR_MS)
+  if set.err then call('UNLINK', at) end
+end
+
+local function higher_of(a, b)
+  if a and (not b or compare(a, b) > 0) then return a end
+  return b
 end
 
 -- Puts a value in the place of all that stands. Whether Redis had room; where not, what is older does not go on answering. Once there was no
@@ -82,12 +96,12 @@ local function put(value, kept)
 end
 
 -- Does something with each slot, and gathers the answers, nine bytes for each: a letter, and eight more. W: what stands is no string, nor ours.
--- What is to be `gone` is so for whoever comes to its slot next, and goes at the end, for the sake of `put`.
-local gone = {}
+-- What is to be `sunk` is so for whoever comes to its slot next, and is at the end, for the sake of `put`.
+local sunk = {}
 local function each(from, step, with)
   local answers = {}
   for number, at in ipairs(KEYS) do
-    local bytes = gone[at] and '' or pcall('GETRANGE', at, HEAD_FIRST, HEAD_LAST)
+    local bytes = sunk[at] and bare(sunk[at], FLOOR, NONE, NONE) or pcall('GETRANGE', at, HEAD_FIRST, HEAD_LAST)
     if type(bytes) == 'table' then
       answers[number] = 'W' .. NONE
     else
@@ -95,7 +109,7 @@ local function each(from, step, with)
       answers[number] = with(from + (number - 1) * step)
     end
   end
-  for at in pairs(gone) do call('UNLINK', at) end
+  for at, version in pairs(sunk) do sink(at, version) end
   return table.concat(answers)
 end
 
@@ -113,28 +127,30 @@ if act == 'enter' then
 end
 
 -- write CHANNEL ORIGIN, then MESSAGE TOKEN STAMPED VALUE KEPT ... for each slot: an entry lands over an older one and over an absence, or where
--- its token stands. With STAMPED, a time, it is accepted and not in the store: then it may also enter an empty slot up to ten seconds after;
--- later it is not taken, and nothing is told, for it will come again. Whatever is older goes in any case. Answers S and the version that
--- stands, or eight zeros for none; L: it came too late; F: there is no room.
+-- its token stands. With STAMPED, a time, it is accepted and not in the store: then it may also enter an empty slot up to ten seconds after,
+-- above the floor if there is one; later it is not taken, and nothing is told, for it will come again. Whatever is older goes in any case, and
+-- what did not land is the floor. Answers S and the version that stands, or eight zeros for none, or a floor that is higher; L: it came too
+-- late; F: there is no room.
 if act == 'write' then
   local told = { ARGV[3] }
   local answers = each(4, 5, function(at)
     local given, stamped, value, kept = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
     local version = sub(value, 1, 8)
-    local higher = standing and compare(standing, version) > 0
+    local known = standing or floor
+    local ahead = known and compare(known, version)
     local tokened = token ~= NONE and token == given
     local fits = standing or tokened or (absent and stamped == '')
-    if not fits and stamped ~= '' then
-      if now() - tonumber(stamped) > TOKEN_MS then return 'L' .. NONE end
+    if not fits and stamped ~= '' and ahead ~= 0 then
+      if not (ahead and ahead > 0) and now() - tonumber(stamped) > TOKEN_MS then return 'L' .. NONE end
       fits = true
     end
     told[#told + 1] = ARGV[at]
-    if higher then return 'S' .. standing end
+    if ahead and ahead > 0 then return 'S' .. known end
     if fits then
-      gone[slot] = nil
+      sunk[slot] = nil
       return put(value, kept) and 'S' .. version or 'F' .. NONE
     end
-    if #head > 0 then gone[slot] = true end
+    sunk[slot] = version
     return 'S' .. NONE
   end)
   if #told > 1 then call('PUBLISH', ARGV[2], table.concat(told)) end
@@ -161,8 +177,8 @@ end
 -- pending elsewhere. Answers 1 or 0, whether it stands now.
 if act == 'load' then
   if token == NONE or token ~= ARGV[2] then return '0' end
-  local given = sub(ARGV[3], 1, 8)
-  if standing and (given == NONE or compare(standing, given) > 0) then
+  local given, known = sub(ARGV[3], 1, 8), standing or floor
+  if known and (given == NONE or compare(known, given) > 0) then
     clear()
     return '0'
   end
@@ -171,25 +187,26 @@ end
 
 -- All below are told to the other replicas: ARGV[2] is their channel, ARGV[3] the message.
 
--- drop CHANNEL MESSAGE VERSION: that version goes, for the store did not take it; and the token, for whose load may have found it.
--- Answers 1 or 0, whether it stood.
+-- drop CHANNEL MESSAGE VERSION: that version goes, for the store did not take it, and enters no empty slot; and the token, for whose load may
+-- have found it. Answers 1 or 0, whether it stood.
 if act == 'drop' then
   local stood = standing == ARGV[4]
-  if stood then call('UNLINK', slot) elseif ours then clear() end
+  if standing and not stood then clear() else sink(slot, higher_of(floor, ARGV[4])) end
   call('PUBLISH', ARGV[2], ARGV[3])
   return stood and '1' or '0'
 end
 
 -- purge CHANNEL MESSAGE VERSION: what is older than the version goes, a known absence and the token with it.
 if act == 'purge' then
-  if standing and compare(standing, ARGV[4]) >= 0 then clear() else call('UNLINK', slot) end
+  if standing and compare(standing, ARGV[4]) >= 0 then clear() else sink(slot, higher_of(floor, ARGV[4])) end
   call('PUBLISH', ARGV[2], ARGV[3])
   return ''
 end
 
 -- invalidate CHANNEL MESSAGE: all goes. Answers 1 or 0, whether a copy stood.
 if act == 'invalidate' then
-  call('UNLINK', slot)
+  local known = standing or floor
+  if known then sink(slot, known) else call('UNLINK', slot) end
   call('PUBLISH', ARGV[2], ARGV[3])
   return (standing or absent) and '1' or '0'
 end

@@ -143,8 +143,10 @@ fn entries(plan: &Plan) -> Vec<Entry> {
 #[derive(Debug, Default)]
 struct Model {
     copy: Option<Copy>,
+    /// What has gone, where nothing stands: no copy.
+    floor: Option<Version>,
     token: Option<Token>,
-    /// For how long the copy is kept, and from when on at the earliest.
+    /// For how long the copy, or the floor, is kept, and from when on at the earliest.
     kept: Option<(Duration, Instant)>,
     /// When the act began.
     now: Option<Instant>,
@@ -160,6 +162,11 @@ struct Token {
 impl Model {
     fn version(&self) -> Option<Version> {
         self.copy.as_ref().and_then(Copy::version)
+    }
+
+    /// The version that nothing older may take the place of.
+    fn known(&self) -> Option<Version> {
+        self.version().or(self.floor)
     }
 
     fn holds(&self, token: SlotToken) -> bool {
@@ -178,6 +185,7 @@ impl Model {
             Some(_) => copy.lifetime(),
         };
         self.copy = Some(copy.clone());
+        self.floor = None;
         self.token = None;
         self.kept = self.now.map(|now| (kept.max(least), now));
     }
@@ -187,7 +195,7 @@ impl Model {
             return false;
         }
         self.token = None;
-        let lands = self.version() <= copy.version();
+        let lands = self.known() <= copy.version();
         if lands {
             self.land(copy, Duration::ZERO);
         }
@@ -197,29 +205,33 @@ impl Model {
     fn write(&mut self, copy: &Copy, hold: Hold) -> Published {
         let version = copy.version().expect("a write has a version");
         let least = if hold == Hold::Fresh { KEPT_MIN } else { Duration::ZERO };
-        let is_empty = self.version().is_none();
+        let known = self.known();
+        if let Some(higher) = known.filter(|known| *known > version) {
+            // Whoever holds a token beside it lands nothing older.
+            return Published::Stands(higher);
+        }
         let may_enter = match hold {
             Hold::Token(token) => self.holds(token) || self.copy.is_some(),
             Hold::Nothing => self.copy.is_some(),
-            Hold::Fresh if is_empty && now() - version.stamped_at().0 > 10_000 => return Published::Late,
+            Hold::Fresh if self.version().is_some() => true,
+            // That very version has gone from here.
+            Hold::Fresh if known == Some(version) => false,
+            Hold::Fresh if now() - version.stamped_at().0 > 10_000 => return Published::Late,
             Hold::Fresh => true,
         };
-        match self.version() {
-            // Whoever holds a token beside it lands nothing older.
-            Some(standing) if standing > version => Published::Stands(standing),
-            Some(_) => {
-                self.land(copy, least);
-                Published::Stands(version)
-            }
-            None if may_enter => {
-                self.land(copy, least);
-                Published::Stands(version)
-            }
-            None => {
-                self.clear();
-                Published::Nothing
-            }
+        if may_enter {
+            self.land(copy, least);
+            return Published::Stands(version);
         }
+        self.sink(version);
+        Published::Nothing
+    }
+
+    fn sink(&mut self, version: Version) {
+        let floor = self.floor.max(Some(version));
+        self.clear();
+        self.floor = floor;
+        self.kept = self.now.map(|now| (KEPT_MIN, now));
     }
 
     fn clear(&mut self) {
@@ -283,7 +295,10 @@ impl Case<'_> {
                 let stood = self.model.copy.is_some();
                 let invalidated = self.bench.replicas[replica].invalidate(&self.key).await;
                 prop_assert_eq!(invalidated, Ok(stood));
-                self.model.clear();
+                match self.model.known() {
+                    Some(known) => self.model.sink(known),
+                    None => self.model.clear(),
+                }
                 return Ok(Some(Message::Invalidated { key: self.key.clone() }));
             }
             Act::Evict => {
@@ -368,8 +383,8 @@ impl Case<'_> {
         let dropped = self.bench.replicas[replica].drop_version(&self.key, version).await;
         prop_assert_eq!(dropped, Ok(stood));
         self.model.token = None;
-        if stood {
-            self.model.clear();
+        if stood || self.model.version().is_none() {
+            self.model.sink(version);
         }
         let key = self.key.clone();
         Ok(Message::Dropped { key, version })
@@ -380,7 +395,7 @@ impl Case<'_> {
         prop_assert_eq!(purged, Ok(()));
         self.model.token = None;
         if self.model.version() < Some(version) {
-            self.model.clear();
+            self.model.sink(version);
         }
         Ok(written(&self.key, version))
     }
@@ -408,10 +423,10 @@ impl Case<'_> {
         }
         prop_assert_eq!(&seen[0], &self.model.copy);
         prop_assert_eq!(&seen[1], &self.model.copy);
-        let token = match (&self.model.token, &self.model.copy) {
-            (Some(token), _) => Some(token.bytes),
-            (None, Some(_)) => Some([0; 8]),
-            (None, None) => None,
+        let stands = self.model.copy.is_some() || self.model.floor.is_some();
+        let token = match &self.model.token {
+            Some(token) => Some(token.bytes),
+            None => stands.then_some([0; 8]),
         };
         prop_assert_eq!(raw.token, token);
         match self.model.kept {
