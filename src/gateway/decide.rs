@@ -8,7 +8,7 @@
 //! operation waits. A write-behind write that begins later gets a higher stamp here, and is after it. One that another gateway takes at the same
 //! time, or while Redis has no copy of it, may be covered by an operation that has not seen it.
 //!
-//! Runs in a task of its own once begun, as any write: a client that hangs up loses the answer.
+//! Runs to its end once begun, as any write: a client that hangs up loses the answer.
 
 use std::time::Duration;
 
@@ -123,17 +123,17 @@ impl Gateway {
         }
     }
 
-    /// Decides in a task of its own, and tells those who joined.
+    /// Decides, whether anybody waits or not, and tells those who joined.
     pub(super) async fn decide_as(&self, undecided: Undecided, lead: Option<Lead>) -> Result<Done, Error> {
         let (gateway, deadline) = (self.clone(), undecided.deadline);
-        self.detached(deadline, async move {
+        let deciding = Box::pin(async move {
             let outcome = gateway.decide(undecided).await;
             if let Some(lead) = lead {
                 lead.end(&outcome);
             }
             outcome
-        })
-        .await
+        });
+        self.to_its_end(deadline, deciding).await
     }
 
     /// Has the store decide, once it has all that was acknowledged before; then tells the tiers above it.

@@ -1,14 +1,19 @@
 //! Loads: one for all who miss a key, in the process by its flight and between replicas by the token in Redis; and refresh-ahead.
 //!
 //! Owns what a load asks, where its outcome lands, and when a copy is renewed before it ends. Does not own who may join a load
-//! (`cache::flight`), nor the rule of landing (`cache::memory`, `cache::redis`). Cancellation: a load runs in a task of its own, and
-//! does not end with the caller that leads it.
+//! (`cache::flight`), nor the rule of landing (`cache::memory`, `cache::redis`). Cancellation: who leads looks above the store itself, and one of
+//! those who joined leads anew if that caller goes away; the store is asked in a task of its own, which does not end with the caller.
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::time::Instant;
 
-use super::{Gateway, freshness::Demand, read::newest_of, shared::Claim};
+use super::{
+    Gateway, died,
+    freshness::Demand,
+    read::{Above, newest_of},
+    shared::Claim,
+};
 use crate::{
     cache::{
         Copy, Loaded,
@@ -25,25 +30,26 @@ use crate::{
 const BLIND_LIFETIME: Duration = Duration::from_secs(1);
 
 impl Gateway {
-    /// Loads in a task of its own: those who join do not lose the answer when the caller that leads goes away.
-    pub(super) fn spawn_load(
-        &self,
-        lead: Lead,
-        demand: Demand,
-        deadline: Instant,
-    ) -> JoinHandle<Result<Loaded, Error>> {
+    /// Loads a key for its caller and for those who join: first from what stands above the store, which takes a moment; and where that does not
+    /// answer, in a task of its own, so that they do not lose the answer of the store when the caller that leads goes away.
+    pub(super) async fn load_leading(&self, lead: Lead, demand: Demand, deadline: Instant) -> Result<Loaded, Error> {
+        let token = self.parts().memory.leave_token(lead.key());
+        if let Some(loaded) = self.landed_before(lead.key(), demand) {
+            lead.end(Ok(loaded.clone()));
+            return Ok(loaded);
+        }
+        let above = self.look_above_store(lead.key()).await;
+        let above = match Above::judge(above, demand, self.parts().clock.now()) {
+            Above::Answer(loaded) => return self.land(lead, token, Ok(loaded)),
+            above => above,
+        };
         let gateway = self.clone();
-        self.inner.tasks.spawn(async move {
+        let loading = self.inner.tasks.spawn(async move {
             let deadline = deadline.max(Instant::now() + gateway.parts().load_wait);
-            let key = lead.key().clone();
-            let token = gateway.parts().memory.leave_token(&key);
-            if let Some(loaded) = gateway.landed_before(&key, demand) {
-                lead.end(Ok(loaded.clone()));
-                return Ok(loaded);
-            }
-            let outcome = gateway.get_shared(&key, demand, deadline).await;
+            let outcome = gateway.go_below(lead.key(), above, demand, deadline).await;
             gateway.land(lead, token, outcome)
-        })
+        });
+        loading.await.map_err(died)?
     }
 
     /// What an earlier flight has landed between a caller's look and its lead.

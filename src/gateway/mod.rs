@@ -9,8 +9,8 @@
 //!   slower tiers (the store or pending, and Redis) before it detaches the key's flight and lands in L1, which clears every token;
 //! - pending is read before the store, so an entry that drains in between is found in one of them.
 //!
-//! Cancellation: a read's future may be dropped at any await; the load that it leads runs in a task of its own. A write's future may
-//! be dropped until it is admitted (nothing happened); from then on it runs in a task of its own, and only the answer is lost.
+//! Cancellation: a read's future may be dropped at any await; what it asks the store goes on in a task of its own. A write's future may
+//! be dropped until it is admitted (nothing happened); from then on it goes on in a task of its own, and only the answer is lost.
 
 mod batch;
 mod batch_read;
@@ -21,6 +21,7 @@ mod freshness;
 pub mod invalidate;
 mod load;
 mod mend;
+mod outlive;
 mod persisted;
 #[cfg(feature = "planted-faults")]
 mod planted;
@@ -402,5 +403,9 @@ fn died(error: JoinError) -> Error {
     if error.is_cancelled() {
         return stopped();
     }
-    Error::new(ErrorKind::Internal, "the gateway failed in the middle of the call").because(error)
+    failed().because(error)
+}
+
+fn failed() -> Error {
+    Error::new(ErrorKind::Internal, "the gateway failed in the middle of the call")
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Gateway, died,
+    Gateway,
     freshness::{Demand, is_kept_for_outages},
 };
 use crate::{
@@ -29,7 +29,7 @@ impl Gateway {
         loop {
             match self.board(key) {
                 Ticket::Lead(lead) => {
-                    return self.spawn_load(lead, demand, deadline).await.map_err(died)?;
+                    return self.load_leading(lead, demand, deadline).await;
                 }
                 Ticket::Join(join) => {
                     if let Some(outcome) = self.arrive(join, demand, deadline).await {
@@ -77,7 +77,19 @@ impl Gateway {
 
     pub(super) async fn get_shared(&self, key: &Key, demand: Demand, deadline: Instant) -> Result<Loaded, Error> {
         let above = self.look_above_store(key).await;
-        match Above::judge(above, demand, self.parts().clock.now()) {
+        let above = Above::judge(above, demand, self.parts().clock.now());
+        self.go_below(key, above, demand, deadline).await
+    }
+
+    /// What a look above the store came to, or what the store has to say then.
+    pub(super) async fn go_below(
+        &self,
+        key: &Key,
+        above: Above,
+        demand: Demand,
+        deadline: Instant,
+    ) -> Result<Loaded, Error> {
+        match above {
             Above::Answer(loaded) => Ok(loaded),
             Above::Unconfirmed(unconfirmed) => {
                 let confirmed = self.get_stored(key, Some(unconfirmed.clone()), deadline).await;

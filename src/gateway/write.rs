@@ -1,10 +1,10 @@
 //! Writing: stamp, make it durable at its level, and tell every tier above.
 //!
 //! Owns the two ways of a write and the order in which tiers are told. Does not own commits (`store::commit`), admission and draining
-//! (the queue). A write's future may be dropped until it is admitted, and nothing has happened; from then on it runs in a task of its
-//! own, to its end. What most writes behind do not do has its state in a place of its own: it would be moved with each of them.
+//! (the queue). A write's future may be dropped until it is admitted, and nothing has happened; from then on it runs to its end, waited for or
+//! not. What most writes behind do not do has its state in a place of its own: it would be moved with each of them.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, pin::Pin, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
@@ -12,7 +12,8 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     Durability, Gateway, WriteRequest, Written,
     decide::Undecided,
-    died,
+    failed,
+    outlive::{Died, Outliving},
     requests::{Done, Lead, Turned, fingerprint_of_write, reused},
 };
 use crate::{
@@ -182,7 +183,7 @@ impl Gateway {
         let Some(print) = print else {
             let (gateway, deadline) = (self.clone(), draft.deadline);
             return self
-                .detached(deadline, async move { gateway.commit(draft).await })
+                .to_its_end(deadline, Box::pin(async move { gateway.commit(draft).await }))
                 .await;
         };
         let request = match &lead {
@@ -290,15 +291,15 @@ impl Gateway {
         lead: Option<Lead>,
     ) -> Result<Written, Error> {
         let (gateway, deadline) = (self.clone(), draft.deadline);
-        self.detached(deadline, async move {
+        let write = Box::pin(async move {
             let request = lead.as_ref().map(|lead| lead.request().clone());
             let outcome = gateway.accept(draft, claim, write_delay, request).await;
             if let Some(lead) = lead {
                 lead.end(&outcome);
             }
             outcome.map(written)
-        })
-        .await
+        });
+        self.to_its_end(deadline, write).await
     }
 
     /// Stamp, append, publish, and stamp and append anew while another replica's newer write stands in Redis, or when it came there too late
@@ -404,15 +405,15 @@ impl Gateway {
         Err(Error::new(ErrorKind::Timeout, message))
     }
 
-    /// Runs an admitted write in a task of its own: a client that hangs up cancels its wait, not the write.
-    pub(super) async fn detached<T: Send + 'static>(
+    /// Runs an admitted write: a client that hangs up cancels its wait, not the write.
+    pub(super) async fn to_its_end<T: Send + 'static>(
         &self,
         deadline: Instant,
-        write: impl Future<Output = Result<T, Error>> + Send + 'static,
+        write: Pin<Box<impl Future<Output = Result<T, Error>> + Send + 'static>>,
     ) -> Result<T, Error> {
-        let write = self.inner.tasks.spawn(write);
+        let write = Outliving::new(write, &self.inner.tasks);
         match timeout_at(deadline + LAST_WORD_WAIT, write).await {
-            Ok(ended) => ended.map_err(|error| died(error).unknown())?,
+            Ok(ended) => ended.map_err(|Died| failed().unknown())?,
             Err(_) => {
                 let message = "the deadline passed while the write was under way";
                 Err(Error::new(ErrorKind::Timeout, message).unknown())

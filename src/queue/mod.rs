@@ -281,10 +281,23 @@ impl Queue {
         full: QueueFull,
         deadline: Instant,
     ) -> Result<Admission, Error> {
-        let shared = &self.shared;
         let weight = weight(key, content_bytes);
         let journaled = durability == BehindDurability::Journal || self.is_journaled(key);
         let record_bytes = journaled.then(|| key.bytes() + content_bytes);
+        match self.claim_at_once(weight, record_bytes) {
+            Some(claim) => Ok(Admission::Granted(claim)),
+            None => Box::pin(self.admit_or_wait(weight, record_bytes, full, deadline)).await,
+        }
+    }
+
+    async fn admit_or_wait(
+        &self,
+        weight: usize,
+        record_bytes: Option<usize>,
+        full: QueueFull,
+        deadline: Instant,
+    ) -> Result<Admission, Error> {
+        let shared = &self.shared;
         let message = match self.claim_unless_full(weight, record_bytes, deadline).await? {
             Ok(claim) => return Ok(Admission::Granted(claim)),
             Err(message) => message,
@@ -316,6 +329,17 @@ impl Queue {
                 Ok(Admission::Granted(Claim { permit, room }))
             }
         }
+    }
+
+    /// Room, if there is some now and nobody waits for it.
+    fn claim_at_once(&self, weight: usize, record_bytes: Option<usize>) -> Option<Claim> {
+        let Shared { budget, journal, .. } = &*self.shared;
+        let permit = budget.try_admit(weight).ok()?;
+        let room = match record_bytes {
+            None => None,
+            Some(bytes) => Some(journal.room_at_once(bytes)?),
+        };
+        Some(Claim { permit, room })
     }
 
     /// Room, if nothing is full; or what is.

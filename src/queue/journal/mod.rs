@@ -282,7 +282,13 @@ impl Journal {
         }
     }
 
-    /// Room for a write whose key and value have `bytes` together, unless the journal or its disk is full (`None`). Waits until `deadline`
+    /// Room for a write whose key and value have `bytes` together, if there is some now and nobody waits for it.
+    pub fn room_at_once(&self, bytes: usize) -> Option<Room> {
+        let record_bytes = self.record_bytes_max(bytes).ok()?;
+        self.handle.shared.try_room(record_bytes).ok()
+    }
+
+    /// The same, unless the journal or its disk is full (`None`). Waits until `deadline`
     /// for what is being written, which takes a moment. Cancel-safe: who stops waiting has claimed nothing.
     ///
     /// # Errors
