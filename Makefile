@@ -43,7 +43,7 @@ mutants:
 	@ci/deps
 	@ci/mutants
 
-# The gateway beside its floor and its peers, in about twelve minutes; QUICK=1 for three. STAGES="reads writes" for some of it.
+# The gateway beside its floor and its peers, in eleven minutes; QUICK=1 for three. STAGES="reads writes" for some of it.
 bench:
 	@echo "== bench"
 	@ci/deps etcd=etcd-server h2load=nghttp2-client
