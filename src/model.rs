@@ -140,6 +140,28 @@ fn check_key(key: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// What a change made of a key, as far as it is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// It was written.
+    Put,
+    /// It was deleted.
+    Delete,
+    /// What was known of it may not hold any more.
+    Invalidate,
+}
+
+impl ChangeKind {
+    /// What the write of an entry makes of its key.
+    pub fn of(entry: &Entry) -> ChangeKind {
+        if entry.value.is_some() {
+            ChangeKind::Put
+        } else {
+            ChangeKind::Delete
+        }
+    }
+}
+
 /// A point in time, in milliseconds since the Unix epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);

@@ -27,7 +27,7 @@ use crate::{
     config::{Config, Url},
     data_dir::{DataDir, DataDirError},
     error::Error,
-    gateway::{Gateway, GatewayParts, Refreshes, Requests, Sharing},
+    gateway::{Gateway, GatewayParts, Refreshes, Requests, Sharing, Watches},
     health::Health,
     operations,
     queue::{
@@ -348,6 +348,7 @@ fn assemble(
         store,
         redis: redis.map(|server| (config.redis.clone(), server)),
         sharing,
+        watches: Arc::new(Watches::new(&config.watch, metrics.watch.clone())),
         metrics: metrics.cache.clone(),
         refreshes: Refreshes::default(),
         load_wait: config.rpc.deadline_default,
@@ -415,6 +416,8 @@ fn observe(metrics: &mut Metrics, store: &Store, parts: &GatewayParts) {
         "How long the oldest write that is not in the store has been pending",
         move || queue.stats().oldest_age.as_secs_f64(),
     );
+    let watches = Arc::clone(&parts.watches);
+    metrics.gauge("watchers", "Watches under way", move || watches.watching() as f64);
     let entries = Arc::clone(&memory);
     metrics.gauge("memory_cache_entries", "Copies in L1", move || entries.len() as f64);
     metrics.gauge("memory_cache_bytes", "Bytes of the copies in L1", move || {

@@ -7,22 +7,26 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 0 | the kind, from 1 on in the order of [`Message`] |
-//! | 1..9 | the version, positive, big-endian; 0 where there is none |
+//! | 0 | the kind: one of the constants below |
+//! | 1..9 | the version, or the number of a recall, positive, big-endian; 0 where there is none |
 //! | 9..11 | how many bytes follow, big-endian |
 //! | 11.. | the namespace, NUL, the key or the prefix; both empty where there is none |
 
 use std::fmt;
 
-use crate::model::{KEY_BYTES_MAX, Key, Version, check_namespace};
+use crate::model::{ChangeKind, KEY_BYTES_MAX, Key, Version, check_namespace};
 
 const HEAD_BYTES: usize = 11;
 
-const WRITTEN: u8 = 1;
+const OUTDATED: u8 = 1;
 const DROPPED: u8 = 2;
 const INVALIDATED: u8 = 3;
 const INVALIDATED_PREFIX: u8 = 4;
 const EPOCH_MOVED: u8 = 5;
+const PUT: u8 = 6;
+const DELETED: u8 = 7;
+const RECALL: u8 = 8;
+const RECALLED: u8 = 9;
 
 /// Who sent a message: a process, from its start to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,8 @@ pub enum Message {
         key: Key,
         /// What was written.
         version: Version,
+        /// What that made of the key: `Invalidate` where that is not known.
+        kind: ChangeKind,
     },
     /// Exactly this version was withdrawn.
     Dropped {
@@ -82,6 +88,20 @@ pub enum Message {
     },
     /// The control row says something new.
     EpochMoved,
+    /// Whoever has writes pending of the keys that begin so is to tell them again, and then that it has.
+    Recall {
+        /// Their namespace.
+        namespace: String,
+        /// How they begin; empty: every key of the namespace.
+        prefix: String,
+        /// What to say that under. Positive.
+        number: i64,
+    },
+    /// All that was pending here was told since it was recalled under this number.
+    Recalled {
+        /// The number.
+        number: i64,
+    },
 }
 
 /// Bytes that this gateway would not have sent: somebody else's, or a newer one's.
@@ -93,13 +113,26 @@ impl Message {
     /// The bytes of a message, to follow its origin's. One with a namespace or a prefix that no key can have is foreign to whoever hears it.
     pub fn encode(&self) -> Vec<u8> {
         let (kind, version, namespace, key) = match self {
-            Message::Written { key, version } => (WRITTEN, version.get(), key.namespace(), key.key()),
+            Message::Written { key, version, kind } => {
+                let kind = match kind {
+                    ChangeKind::Put => PUT,
+                    ChangeKind::Delete => DELETED,
+                    ChangeKind::Invalidate => OUTDATED,
+                };
+                (kind, version.get(), key.namespace(), key.key())
+            }
             Message::Dropped { key, version } => (DROPPED, version.get(), key.namespace(), key.key()),
             Message::Invalidated { key } => (INVALIDATED, 0, key.namespace(), key.key()),
             Message::InvalidatedPrefix { namespace, prefix } => {
                 (INVALIDATED_PREFIX, 0, namespace.as_str(), prefix.as_str())
             }
             Message::EpochMoved => (EPOCH_MOVED, 0, "", ""),
+            Message::Recall {
+                namespace,
+                prefix,
+                number,
+            } => (RECALL, *number, namespace.as_str(), prefix.as_str()),
+            Message::Recalled { number } => (RECALLED, *number, "", ""),
         };
         let names = namespace.len() + 1 + key.len();
         let mut bytes = Vec::with_capacity(HEAD_BYTES + names);
@@ -116,6 +149,15 @@ impl Message {
     /// A message by itself, with its origin.
     pub fn told(&self, origin: Origin) -> Vec<u8> {
         [&origin.encode()[..], &self.encode()].concat()
+    }
+
+    /// Messages that are told at once, with their origin: at least one.
+    pub fn told_together(messages: &[Message], origin: Origin) -> Vec<u8> {
+        let mut bytes = origin.encode().to_vec();
+        for message in messages {
+            bytes.extend(message.encode());
+        }
+        bytes
     }
 
     /// The messages that the bytes are, and who sent them.
@@ -145,11 +187,17 @@ impl Message {
         let names = str::from_utf8(names).map_err(|_| Foreign)?;
         let (namespace, name) = names.split_once('\0').ok_or(Foreign)?;
         let key = || Key::new(namespace, name).map_err(|_| Foreign);
-        let message = match (*kind, version) {
-            (WRITTEN, version) => Message::Written {
+        let written = |kind| {
+            Ok(Message::Written {
                 key: key()?,
                 version: Version::new(version).ok_or(Foreign)?,
-            },
+                kind,
+            })
+        };
+        let message = match (*kind, version) {
+            (PUT, _) => written(ChangeKind::Put)?,
+            (DELETED, _) => written(ChangeKind::Delete)?,
+            (OUTDATED, _) => written(ChangeKind::Invalidate)?,
             (DROPPED, version) => Message::Dropped {
                 key: key()?,
                 version: Version::new(version).ok_or(Foreign)?,
@@ -162,6 +210,12 @@ impl Message {
                 }
             }
             (EPOCH_MOVED, 0) if names == "\0" => Message::EpochMoved,
+            (RECALL, number @ 1..) if check_namespace(namespace).is_ok() && is_prefix(name) => Message::Recall {
+                namespace: namespace.to_owned(),
+                prefix: name.to_owned(),
+                number,
+            },
+            (RECALLED, number @ 1..) if names == "\0" => Message::Recalled { number },
             _ => return Err(Foreign),
         };
         Ok((message, behind))
@@ -189,8 +243,13 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Message> {
         let version = || (1..=i64::MAX).prop_map(|number| Version::new(number).expect("positive"));
+        let kind = prop_oneof![
+            Just(ChangeKind::Put),
+            Just(ChangeKind::Delete),
+            Just(ChangeKind::Invalidate)
+        ];
         prop_oneof![
-            (key(), version()).prop_map(|(key, version)| Message::Written { key, version }),
+            (key(), version(), kind).prop_map(|(key, version, kind)| Message::Written { key, version, kind }),
             (key(), version()).prop_map(|(key, version)| Message::Dropped { key, version }),
             key().prop_map(|key| Message::Invalidated { key }),
             (key(), any::<bool>()).prop_map(|(key, whole)| Message::InvalidatedPrefix {
@@ -198,12 +257,17 @@ mod tests {
                 prefix: if whole { String::new() } else { key.key().to_owned() },
             }),
             Just(Message::EpochMoved),
+            (key(), any::<bool>(), 1..=i64::MAX).prop_map(|(key, whole, number)| Message::Recall {
+                namespace: key.namespace().to_owned(),
+                prefix: if whole { String::new() } else { key.key().to_owned() },
+                number,
+            }),
+            (1..=i64::MAX).prop_map(|number| Message::Recalled { number }),
         ]
     }
 
     fn told(origin: Origin, messages: &[Message]) -> Vec<u8> {
-        let messages = messages.iter().flat_map(Message::encode);
-        origin.encode().into_iter().chain(messages).collect()
+        Message::told_together(messages, origin)
     }
 
     proptest! {
@@ -258,22 +322,28 @@ mod tests {
         let long = format!("orders\0{}", "k".repeat(KEY_BYTES_MAX + 1));
         for (kind, version, names) in [
             (0, 0, "\0"),
-            (6, 0, "\0"),
-            (WRITTEN, 0, "orders\0k"),
+            (10, 0, "\0"),
+            (PUT, 0, "orders\0k"),
+            (DELETED, -1, "orders\0k"),
             (DROPPED, -1, "orders\0k"),
             (INVALIDATED, 1, "orders\0k"),
             (INVALIDATED_PREFIX, 1, "orders\0k"),
             (EPOCH_MOVED, 1, "\0"),
             (EPOCH_MOVED, 0, "orders\0k"),
             (EPOCH_MOVED, 0, ""),
-            (WRITTEN, 1, "orders"),
-            (WRITTEN, 1, "orders\0"),
-            (WRITTEN, 1, "Orders\0k"),
-            (WRITTEN, 1, &long),
+            (OUTDATED, 1, "orders"),
+            (PUT, 1, "orders\0"),
+            (DELETED, 1, "Orders\0k"),
+            (PUT, 1, &long),
             (INVALIDATED, 0, "orders\0a\0b"),
             (INVALIDATED_PREFIX, 0, "\0k"),
             (INVALIDATED_PREFIX, 0, "orders\0a\0b"),
             (INVALIDATED_PREFIX, 0, &long),
+            (RECALL, 0, "orders\0k"),
+            (RECALL, 1, "\0k"),
+            (RECALL, 1, &long),
+            (RECALLED, 0, "\0"),
+            (RECALLED, 1, "orders\0k"),
         ] {
             let bytes = bytes(kind, version, names);
             assert_eq!(Message::decode(&bytes), Err(Foreign), "{kind} {version} {names:?}");

@@ -53,7 +53,7 @@ use crate::{
             questions::{Entrance, Look, Publication},
         },
     },
-    model::{Entry, Key, Timestamp, Version, Write},
+    model::{ChangeKind, Entry, Key, Timestamp, Version, Write},
     telemetry::CacheMetrics,
 };
 
@@ -380,6 +380,7 @@ impl RedisCache {
         let message = Message::Written {
             key: key.clone(),
             version,
+            kind: ChangeKind::Invalidate,
         };
         let version = version.get().to_be_bytes();
         self.slots.tell(key, "purge", &message, &[&[&version]]).await.map(drop)
@@ -499,7 +500,7 @@ impl Slots {
         answer.inspect_err(|failure| self.note(&standing, failure))
     }
 
-    async fn tell_over(&self, mut standing: Standing, command: &Cmd) -> Result<(), RedisFailure> {
+    async fn tell_over(&self, mut standing: Standing, command: &Cmd) -> Result<u64, RedisFailure> {
         let told = tell(&mut standing.connection, command, self.deadline()).await;
         told.inspect_err(|failure| self.note(&standing, failure))
     }

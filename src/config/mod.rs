@@ -18,7 +18,7 @@ pub use self::url::Url;
 
 use crate::{
     cache::{memory, redis},
-    gateway::requests,
+    gateway::{requests, watch},
     model::{KEY_BYTES_MAX, NAMESPACE_BYTES_MAX, Request, Tags, check_namespace},
     namespace::{NamespaceSettings, Namespaces},
     operations,
@@ -88,6 +88,8 @@ pub struct Config {
     pub journal: journal::Config,
     /// What is remembered of requests with an id.
     pub requests: requests::Config,
+    /// Watches of changes, and the log that they read.
+    pub watch: watch::Config,
     /// The store's connections and bounds.
     pub store: store::Config,
     /// How the process stops.
@@ -115,6 +117,7 @@ impl Default for Config {
             queue: queue::Config::default(),
             journal: journal::Config::default(),
             requests: requests::Config::default(),
+            watch: watch::Config::default(),
             store: store::Config::default(),
             shutdown: shutdown::Config::default(),
             namespace_defaults: NamespaceSettings::default(),
@@ -226,6 +229,7 @@ impl Config {
         in_section("queue", self.queue.validate())?;
         in_section("journal", self.journal.validate())?;
         in_section("requests", self.requests.validate())?;
+        in_section("watch", self.watch.validate())?;
         in_section("store", self.store.validate())?;
         in_section("shutdown", self.shutdown.validate())?;
         in_section("namespace_defaults", self.namespace_defaults.validate())?;

@@ -16,14 +16,14 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::Gateway;
+use super::{Gateway, watch::RescanReason};
 use crate::{
     cache::{
         memory::Memory,
         message::Message,
         redis::channel::{Beats, Channel, Heard},
     },
-    model::{Key, Timestamp},
+    model::{ChangeKind, Key, Timestamp},
 };
 
 /// How long a beat lets L1 answer, from when it was sent.
@@ -65,8 +65,11 @@ impl Gateway {
         let parts = self.parts();
         while let Some(heard) = channel.next().await {
             let heeded = match heard {
-                // Nothing is known to have been heard until a beat was.
-                Heard::Subscribed => Ok(()),
+                // Nothing is known to have been heard until a beat was; but from here on everything will be.
+                Heard::Subscribed => {
+                    parts.watches.hear_all(true);
+                    Ok(())
+                }
                 Heard::Message(message) => {
                     let heeded = self.heed_message(message).await;
                     parts.metrics.messages_heeded.inc();
@@ -76,7 +79,11 @@ impl Gateway {
                     self.trust_since(sent_at);
                     Ok(())
                 }
-                Heard::Lost => self.distrust().await,
+                Heard::Lost => {
+                    let distrusted = self.distrust().await;
+                    parts.watches.hear_all(false);
+                    distrusted
+                }
             };
             if heeded.is_err() {
                 return;
@@ -120,33 +127,44 @@ impl Gateway {
     pub(super) async fn heed_message(&self, message: Message) -> Result<(), JoinError> {
         let parts = self.parts();
         match message {
-            Message::Written { key, version } => {
+            Message::Written { key, version, kind } => {
                 parts.flights.detach(&key);
                 parts.memory.invalidate(&key, version);
                 parts.clock.observe(version);
+                parts.watches.note(&key, version, kind);
             }
             Message::Dropped { key, version } => {
                 parts.flights.detach(&key);
                 parts.memory.drop_version(&key, version);
+                parts.watches.note(&key, version, ChangeKind::Invalidate);
             }
             Message::Invalidated { key } => {
                 parts.flights.detach(&key);
                 parts.memory.invalidate_key(&key);
+                parts.watches.note(&key, None, ChangeKind::Invalidate);
                 self.republish_later(key);
             }
             Message::InvalidatedPrefix { namespace, prefix } => {
-                let matches = move |key: &Key| key.namespace() == namespace && key.key().starts_with(&prefix);
+                let below = (namespace.clone(), prefix.clone());
+                let matches = move |key: &Key| key.namespace() == below.0 && key.key().starts_with(&below.1);
                 parts.flights.detach_where(&matches);
                 // What is pending here was removed from Redis with the rest.
                 parts.queue.note_lost(&matches);
                 parts.sharing.renewal.notify_one();
-                return self
-                    .in_memory(move |memory| {
-                        memory.invalidate_where(matches);
-                    })
-                    .await;
+                self.in_memory(move |memory| {
+                    memory.invalidate_where(matches);
+                })
+                .await?;
+                let below = Some((namespace.as_str(), prefix.as_str()));
+                parts.watches.note_gap(RescanReason::Invalidated, below);
             }
             Message::EpochMoved => parts.sharing.control_changed.notify_one(),
+            Message::Recall {
+                namespace,
+                prefix,
+                number,
+            } => self.answer_recall(namespace, prefix, number),
+            Message::Recalled { number } => parts.watches.recalled(number),
         }
         Ok(())
     }

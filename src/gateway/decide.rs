@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorKind},
-    model::{Answer, Condition, Fingerprint, Key, Request, RequestId, Tags, Version, Write},
+    model::{Answer, ChangeKind, Condition, Fingerprint, Key, Request, RequestId, Tags, Version, Write},
     store::operation::{Change, Decided, Operation, Refusal},
 };
 
@@ -259,6 +259,9 @@ impl Gateway {
             }
             parts.flights.detach(key);
             parts.memory.invalidate(key, standing);
+            if has_row {
+                parts.watches.note(key, standing, ChangeKind::Invalidate);
+            }
             if let Some(redis) = &self.inner.redis
                 && redis.purge(key, standing).await.is_err()
             {

@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Gateway, died, sharing::SETTLING};
+use super::{Gateway, died, sharing::SETTLING, watch::RescanReason};
 use crate::{
     cache::{
         epochs::{Adopted, NamespaceEpoch},
@@ -106,10 +106,14 @@ impl Gateway {
                     let is_moved = |namespace: &str| moved.iter().any(|moved| moved == namespace);
                     parts.queue.note_lost(|key| is_moved(key.namespace()));
                     parts.flights.detach_where(|key| is_moved(key.namespace()));
+                    let left_behind = moved.clone();
                     self.in_memory(move |memory| {
-                        memory.invalidate_where(|key| moved.iter().any(|moved| moved == key.namespace()));
+                        memory.invalidate_where(|key| left_behind.iter().any(|moved| moved == key.namespace()));
                     })
                     .await?;
+                    for namespace in &moved {
+                        parts.watches.note_gap(RescanReason::Invalidated, Some((namespace, "")));
+                    }
                     sharing.renewal.notify_one();
                 }
             }
@@ -123,6 +127,7 @@ impl Gateway {
                     parts.flights.detach_all();
                     self.in_memory(Memory::drop_all).await?;
                 }
+                parts.watches.note_gap(RescanReason::EpochMoved, None);
                 sharing.renewal.notify_one();
             }
         }
@@ -262,7 +267,7 @@ impl Gateway {
                 self.parts().metrics.epochs_moved.inc();
                 self.moved(true);
                 // Those who do not hear it look within a second.
-                let _ = redis.announce(Message::EpochMoved).await;
+                let _ = redis.announce(&[Message::EpochMoved]).await;
             }
             // Somebody else was faster, or an earlier try was made whose answer was lost.
             Ok(false) => {
@@ -294,7 +299,7 @@ impl Gateway {
         let since = self.invalidate_namespace_in_memory(namespace).await?;
         if let Some(redis) = &self.inner.redis {
             // Those who do not hear it look within a second.
-            let _ = redis.announce(Message::EpochMoved).await;
+            let _ = redis.announce(&[Message::EpochMoved]).await;
         }
         Ok(before + since)
     }

@@ -9,11 +9,11 @@
 
 use tokio::task::JoinSet;
 
-use super::{Gateway, died, warm::PAGE_KEYS};
+use super::{Gateway, died, warm::PAGE_KEYS, watch::RescanReason};
 use crate::{
     cache::{message::Message, redis::RedisFailure},
     error::{Error, ErrorKind},
-    model::Key,
+    model::{ChangeKind, Key},
 };
 
 /// How many keys Redis is told of at a time: more would compete with the calls.
@@ -101,6 +101,7 @@ impl Gateway {
         };
         self.parts().flights.detach(key);
         let had_copy = self.parts().memory.invalidate_key(key);
+        self.parts().watches.note(key, None, ChangeKind::Invalidate);
         // What is pending is no copy: Redis gets it back.
         self.republish_later(key.clone());
         (had_copy, told)
@@ -108,11 +109,15 @@ impl Gateway {
 
     async fn invalidate_prefix(&self, namespace: String, prefix: String) -> Result<Invalidated, Error> {
         let told = self.invalidate_prefix_in_redis(&namespace, &prefix).await;
-        let matches = move |key: &Key| key.namespace() == namespace && key.key().starts_with(&prefix);
+        let below = (namespace.clone(), prefix.clone());
+        let matches = move |key: &Key| key.namespace() == below.0 && key.key().starts_with(&below.1);
         self.parts().queue.note_lost(&matches);
         self.parts().flights.detach_where(&matches);
         let removing = self.in_memory(move |memory| memory.invalidate_where(matches)).await;
         let memory_copies = removing.map_err(died)? as u64;
+        self.parts()
+            .watches
+            .note_gap(RescanReason::Invalidated, Some((&namespace, &prefix)));
         // What is pending was removed from Redis with the rest.
         self.parts().sharing.renewal.notify_one();
         told.map_err(untold)?;
@@ -132,7 +137,7 @@ impl Gateway {
             namespace: namespace.to_owned(),
             prefix: prefix.to_owned(),
         };
-        redis.announce(message).await
+        redis.announce(&[message]).await.map(drop)
     }
 
     async fn invalidate_tag(&self, namespace: &str, tag: &str) -> Result<Invalidated, Error> {

@@ -35,12 +35,14 @@ pub mod stats;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod warm;
+pub mod watch;
 mod write;
 
 pub use self::{
     freshness::{Freshness, ReadOptions},
     requests::Requests,
     sharing::Sharing,
+    watch::Watches,
 };
 pub use crate::queue::journal::State as JournalState;
 
@@ -64,9 +66,9 @@ use crate::{
     },
     clock::Clock,
     error::{Error, ErrorKind},
-    model::{Condition, Entry, Key, RequestId, Source, Tags, Timestamp, Version, Write},
+    model::{ChangeKind, Condition, Entry, Key, RequestId, Source, Tags, Timestamp, Version, Write},
     namespace::{Namespaces, WriteMode},
-    queue::{Dropped, Notice, Queue, journal::Lane},
+    queue::{DropReason, Dropped, Notice, Queue, journal::Lane},
     store::{Store, commit::GroupCommit, decisions::GroupDecide, load::GroupLoad, ranges::Ranges},
     telemetry::{CacheMetrics, calls::ThreadCounters},
 };
@@ -228,6 +230,8 @@ pub struct GatewayParts {
     pub redis: Option<(redis::Config, redis::Server)>,
     /// What is known of what the replicas share.
     pub sharing: Arc<Sharing>,
+    /// What changes, for those who watch.
+    pub watches: Arc<Watches>,
     /// What the caches count.
     pub metrics: CacheMetrics,
     /// Permits of background renewals.
@@ -313,7 +317,10 @@ impl Gateway {
     /// Does in the caches what a write that leaves the queue asks for.
     pub async fn heed(&self, notice: Notice) {
         match notice {
-            Notice::Dropped(Dropped { key, version, .. }) => self.forget(&key, version).await,
+            Notice::Dropped(Dropped { key, version, why }) => {
+                self.forget(&key, version).await;
+                self.note_dropped(&key, version, why);
+            }
             Notice::Confirmed(write) => self.publish_recovered(&write).await,
             Notice::Unpublished(writes) => self.tell_of(writes).await,
         }
@@ -325,6 +332,16 @@ impl Gateway {
         self.withdraw(key, version).await;
         self.parts().flights.detach(key);
         self.parts().memory.drop_version(key, version);
+    }
+
+    /// Tells watchers of a write that the store did not take; of one that lost to a newer write that nothing is known of here, it is that one.
+    fn note_dropped(&self, key: &Key, version: Version, why: DropReason) {
+        let doubtful = match why {
+            DropReason::Superseded { standing } if self.parts().memory.version(key) >= Some(standing) => return,
+            DropReason::Superseded { standing } => standing,
+            _ => version,
+        };
+        self.parts().watches.note(key, doubtful, ChangeKind::Invalidate);
     }
 
     /// Offers a write that an earlier process had accepted to Redis, now that the store has it; then it leaves the queue. Until then this

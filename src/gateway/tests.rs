@@ -1,7 +1,8 @@
 //! The algorithm over the store in memory, in paused time: which tier answers, what each outcome leaves behind, and who may come late.
 //!
 //! Owns the rig: a whole gateway without Redis over scripted faults, which other modules' tests may use. The storm, in which all of it
-//! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`]; how fresh an answer is, in [`freshness`].
+//! happens at once, is [`storm`]; what rests on the journal, in real time, is in [`durable`]; how fresh an answer is, in [`freshness`]; what
+//! watchers are told, in [`watching`].
 
 mod batch_read;
 mod clock;
@@ -11,6 +12,7 @@ mod durable;
 mod freshness;
 mod scan;
 mod storm;
+mod watching;
 
 use std::num::NonZeroUsize;
 
@@ -33,7 +35,7 @@ use crate::{
         fake::{Call, FakeBackend, Fault, eventually},
         watch,
     },
-    telemetry::{QueueMetrics, StoreMetrics},
+    telemetry::{QueueMetrics, StoreMetrics, watch::WatchMetrics},
 };
 
 use ReadConsistency::{Cached, Shared};
@@ -52,6 +54,7 @@ pub(crate) struct Setup {
     pub(crate) journal: Journal,
     pub(crate) recovered: Vec<(Write, Record)>,
     pub(crate) requests: requests::Config,
+    pub(crate) watch: super::watch::Config,
 }
 
 /// A gateway, and the tiers around it.
@@ -82,6 +85,7 @@ impl Default for Setup {
             journal: sim::journal(),
             recovered: Vec::new(),
             requests: requests::Config::default(),
+            watch: super::watch::Config::default(),
         }
     }
 }
@@ -128,6 +132,7 @@ pub(crate) fn rig(change: impl FnOnce(&mut Setup)) -> Rig {
         redis: None,
         store: store.clone(),
         sharing: Arc::new(Sharing::new("")),
+        watches: Arc::new(Watches::new(&setup.watch, WatchMetrics::default())),
         metrics: cache_metrics,
         refreshes: Refreshes(Arc::new(Semaphore::new(setup.refreshes_max))),
         load_wait: PATIENCE,

@@ -24,7 +24,8 @@ use crate::{
     clock::NoStamp,
     error::{Error, ErrorKind, Outcome},
     model::{
-        Answer, Answered, Condition, Entry, Fingerprint, Key, Request, Tags, Timestamp, Version, Write, content_bytes,
+        Answer, Answered, ChangeKind, Condition, Entry, Fingerprint, Key, Request, Tags, Timestamp, Version, Write,
+        content_bytes,
     },
     namespace::{QueueFull, WriteMode},
     queue::{Admission, Claim},
@@ -44,6 +45,14 @@ struct Draft {
 }
 
 impl Draft {
+    fn kind(&self) -> ChangeKind {
+        if self.value.is_some() {
+            ChangeKind::Put
+        } else {
+            ChangeKind::Delete
+        }
+    }
+
     fn stamped(&self, version: Version, request: Option<&Request>) -> Write {
         let entry = Entry {
             version,
@@ -241,6 +250,9 @@ impl Gateway {
         }
         parts.flights.detach(&write.key);
         token.land_write(copy);
+        parts
+            .watches
+            .note(&write.key, write.entry.version, ChangeKind::of(&write.entry));
     }
 
     /// Nobody is to wait for a write that failed; and if the store may have it, what is older must not go on answering, here or elsewhere.
@@ -258,6 +270,7 @@ impl Gateway {
             self.remember(key, version);
             self.parts().flights.detach(key);
             self.parts().memory.invalidate(key, version);
+            self.parts().watches.note(key, version, ChangeKind::Invalidate);
         }
     }
 
@@ -362,8 +375,7 @@ impl Gateway {
         } else {
             Durability::Memory
         };
-        let (key, answer) = (write.key.clone(), answer_of(&write.entry));
-        let version = answer.version;
+        let (key, answer, version) = (write.key.clone(), answer_of(&write.entry), write.entry.version);
         // Under an epoch that may be over it may have been published where nobody looks.
         let known = under == parts.sharing.epochs.adopted() && parts.sharing.is_known(parts.clock.now());
         if self.inner.redis.is_some() && !(stands && known) {
@@ -380,6 +392,7 @@ impl Gateway {
             // What superseded it may have found nothing in Redis and left nothing, and then this entered the empty slot after it.
             Box::pin(self.withdraw(&key, version)).await;
         }
+        parts.watches.note(&key, version, draft.kind());
         kill_point!(WritePending);
         Ok(Done {
             answer,

@@ -74,7 +74,7 @@ impl<U: Message + Default> Decoder for MessageDecoder<U> {
 }
 
 /// The fields that can be at fault by themselves, when their text is not UTF-8.
-const TEXT_FIELDS: [&str; 8] = [
+const TEXT_FIELDS: [&str; 9] = [
     "namespace",
     "key",
     "keys",
@@ -83,6 +83,7 @@ const TEXT_FIELDS: [&str; 8] = [
     "tags",
     "request_id",
     "page_token",
+    "resume_token",
 ];
 
 /// prost names the message and the field in its text alone, as `GetRequest.key`.

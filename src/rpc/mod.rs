@@ -17,6 +17,7 @@ mod service;
 pub mod status;
 mod stream;
 mod unary;
+mod watch;
 
 /// The generated code of `tidegate.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]

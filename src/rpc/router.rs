@@ -31,6 +31,7 @@ use crate::{
         status::to_status,
         stream::Writing,
         unary::{self, unary},
+        watch::Watching,
     },
     telemetry::calls::{Method, ThreadCounters},
 };
@@ -120,6 +121,7 @@ impl Router {
             Method::Increment => call.unary(GatewayService::increment),
             Method::AwaitPersisted => call.unary(GatewayService::await_persisted),
             Method::WriteStream => call.stream(),
+            Method::Watch => call.watch(),
             Method::Other => self.foreign(unimplemented()),
         }
     }
@@ -151,6 +153,7 @@ fn method(name: &str) -> Method {
         "Touch" => Method::Touch,
         "Increment" => Method::Increment,
         "AwaitPersisted" => Method::AwaitPersisted,
+        "Watch" => Method::Watch,
         _ => Method::Other,
     }
 }
@@ -196,6 +199,17 @@ impl Call<'_> {
         self.router
             .foreign(async move { grpc.streaming(writing, request).await })
     }
+
+    /// A watch, which lasts for as long as its client said, if it said so. What it asks for has to arrive as any message.
+    fn watch(self) -> Answering {
+        let Router { gateway, limits, .. } = self.router;
+        let arrives_by = limits.deadlines.deadline(self.request.headers(), self.arrived);
+        let watching = Watching::new(Arc::clone(gateway), stream_deadline(self.request.headers()));
+        let request = self.request.map(|body| Arrival::new(body, Some(arrives_by)));
+        let mut grpc = Grpc::new(Codec::default()).max_decoding_message_size(limits.message_bytes_max);
+        self.router
+            .foreign(async move { grpc.server_streaming(watching, request).await })
+    }
 }
 
 impl hyper::service::Service<Request<Incoming>> for Router {
@@ -209,7 +223,12 @@ impl hyper::service::Service<Request<Incoming>> for Router {
         self.counters.begin(method);
         CountedCall {
             call,
-            unread_max: self.limits.stream_unread_max,
+            unread_max: match method {
+                // It sees to that itself.
+                Method::WriteStream => None,
+                Method::Watch => Some(self.limits.watch_unread_max),
+                _ => Some(self.limits.stream_unread_max),
+            },
             count: Some(Count {
                 method,
                 arrived,
@@ -247,7 +266,7 @@ impl Drop for Count {
 /// A call that is counted.
 pub(crate) struct CountedCall {
     call: Answering,
-    unread_max: Duration,
+    unread_max: Option<Duration>,
     /// Goes with the body of a stream that began, and ends with it.
     count: Option<Count>,
 }
@@ -262,12 +281,13 @@ impl Future for CountedCall {
         // An answer without a status in its headers carries it behind its messages.
         let code = status_code(response.headers());
         let mut count = self.count.take();
-        let lasts = code.is_none() && count.as_ref().is_some_and(|count| count.method == Method::WriteStream);
+        let is_stream = |count: &Count| matches!(count.method, Method::WriteStream | Method::Watch);
+        let lasts = code.is_none() && count.as_ref().is_some_and(is_stream);
         if !lasts && let Some(mut count) = count.take() {
             // Without a code a unary call is OK.
             count.answered(code.unwrap_or(Code::Ok));
         }
-        let unread_max = (!lasts).then_some(self.unread_max);
+        let unread_max = self.unread_max;
         Poll::Ready(Ok(response.map(|content| AnswerBody {
             content,
             unread_max,

@@ -346,6 +346,7 @@ impl ServingThread {
             },
             stream_idle_max: self.config.stream_idle_max,
             stream_unread_max: self.config.stream_unread_max,
+            watch_unread_max: self.parts.watches.unread_max(),
         };
         let gateway = Arc::new(GatewayService {
             gateway,

@@ -40,6 +40,8 @@ pub(crate) struct CallLimits {
     /// How long a stream may send nothing, and any answer be left unread.
     pub(crate) stream_idle_max: Duration,
     pub(crate) stream_unread_max: Duration,
+    /// The same of what a watch has to tell.
+    pub(crate) watch_unread_max: Duration,
 }
 
 /// How much time a call gets that asks for none, and the most that one may ask for.

@@ -52,12 +52,14 @@ pub enum Method {
     Increment,
     /// `tidegate.v1.Gateway/AwaitPersisted`
     AwaitPersisted,
+    /// `tidegate.v1.Gateway/Watch`: one call for each stream.
+    Watch,
     /// Health checks, reflection, and paths that do not exist.
     Other,
 }
 
 impl Method {
-    const ALL: [(Method, &str); 11] = [
+    const ALL: [(Method, &str); 12] = [
         (Method::Get, "Get"),
         (Method::Put, "Put"),
         (Method::Delete, "Delete"),
@@ -68,8 +70,15 @@ impl Method {
         (Method::Touch, "Touch"),
         (Method::Increment, "Increment"),
         (Method::AwaitPersisted, "AwaitPersisted"),
+        (Method::Watch, "Watch"),
         (Method::Other, "other"),
     ];
+
+    /// Whether a shutdown waits for its end. A watch has none, and nothing of it is lost.
+    fn runs(self) -> bool {
+        // Those before it.
+        (self as usize) < Method::Watch as usize
+    }
 }
 
 const SOURCES: [(Source, &str); 4] = [
@@ -134,19 +143,19 @@ pub struct ThreadCounters {
 impl ThreadCounters {
     /// Counts a call that begins.
     pub fn begin(&self, method: Method) {
-        if method != Method::Other {
+        if method.runs() {
             self.running.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Counts a call that ends, whether its client is there to hear the answer or not.
     pub fn end(&self, method: Method) {
-        if method != Method::Other {
+        if method.runs() {
             self.running.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
-    /// How many calls of the gateway's own methods are under way on this thread.
+    /// How many calls of the gateway's own methods are under way on this thread, but for watches.
     pub fn running(&self) -> u64 {
         self.running.load(Ordering::Relaxed)
     }
@@ -266,7 +275,12 @@ impl Collector for CallMetrics {
         }
         let running = self.sum(|thread| &thread.running);
         encoder
-            .encode_descriptor("calls_running", "Calls under way", None, MetricType::Gauge)?
+            .encode_descriptor(
+                "calls_running",
+                "Calls under way, but for watches",
+                None,
+                MetricType::Gauge,
+            )?
             .encode_gauge(&running)?;
         self.encode_latency(&mut encoder)
     }

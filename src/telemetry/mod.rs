@@ -2,11 +2,12 @@
 //!
 //! Owns the metrics' names, help and labels, and their encoding for Prometheus. Does not decide anything. Invariants: no value, no key
 //! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`] and, by
-//! namespace, in [`namespaces`], the journal's in [`journal`].
+//! namespace, in [`namespaces`], the journal's in [`journal`], those of watches in [`watch`].
 
 pub mod calls;
 pub mod journal;
 pub mod namespaces;
+pub mod watch;
 
 use std::{
     fmt::Write as _,
@@ -27,7 +28,7 @@ use prometheus_client::{
 };
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::telemetry::{calls::CallMetrics, journal::JournalMetrics};
+use crate::telemetry::{calls::CallMetrics, journal::JournalMetrics, watch::WatchMetrics};
 
 /// Starts logging to standard error: for people on a terminal, JSON lines otherwise.
 ///
@@ -78,6 +79,8 @@ pub struct Metrics {
     pub journal: JournalMetrics,
     /// What the store's users count.
     pub store: StoreMetrics,
+    /// What watches count.
+    pub watch: WatchMetrics,
 }
 
 impl Default for Metrics {
@@ -91,6 +94,7 @@ impl Default for Metrics {
             queue: QueueMetrics::register(&mut registry),
             journal: JournalMetrics::register(&mut registry),
             store: StoreMetrics::register(&mut registry),
+            watch: WatchMetrics::register(&mut registry),
             registry,
         }
     }

@@ -21,7 +21,7 @@ const GET: &str = "/tidegate.v1.Gateway/Get";
 const PUT: &str = "/tidegate.v1.Gateway/Put";
 
 /// Every method of the service.
-const METHODS: [&str; 10] = [
+const METHODS: [&str; 11] = [
     "Get",
     "Put",
     "Delete",
@@ -32,6 +32,7 @@ const METHODS: [&str; 10] = [
     "Touch",
     "Increment",
     "AwaitPersisted",
+    "Watch",
 ];
 
 /// 36,525 days.

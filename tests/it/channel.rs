@@ -13,7 +13,7 @@ use tidegate::{
             channel::{Beats, Channel, Heard},
         },
     },
-    model::{Epoch, Key, Timestamp, Version},
+    model::{ChangeKind, Epoch, Key, Timestamp, Version},
     rpc::proto::{ReadConsistency, Source},
     telemetry::CacheMetrics,
 };
@@ -132,6 +132,7 @@ fn written(number: i64) -> Message {
     Message::Written {
         key: Key::new("orders", "key").expect("valid"),
         version: Version::new(number).expect("positive"),
+        kind: ChangeKind::Put,
     }
 }
 
@@ -393,6 +394,7 @@ async fn a_gateway_heeds_what_others_say() {
     let written = |number| Message::Written {
         key: key(),
         version: version(number),
+        kind: ChangeKind::Put,
     };
     let dropped = |number| Message::Dropped {
         key: key(),

@@ -82,3 +82,5 @@ mod tags;
 mod touch;
 mod unconfirmed;
 mod warm;
+mod watch;
+mod watch_replicas;

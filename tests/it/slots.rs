@@ -22,7 +22,7 @@ use tidegate::{
         message::{Message, Origin},
         redis::{Hold, Published, RedisFailure, SlotToken},
     },
-    model::{Entry, Epoch, Key, VERSION_EPOCH_MILLIS, Version},
+    model::{ChangeKind, Entry, Epoch, Key, VERSION_EPOCH_MILLIS, Version},
 };
 use tokio::{task::JoinSet, time::timeout};
 
@@ -107,11 +107,18 @@ async fn load(replica: &Replica, name: &str, token: SlotToken, found: Option<Ent
     replica.land_load(&key(name), token, &copy, Duration::ZERO).await
 }
 
-fn written(key: &Key, version: Version) -> Message {
+/// What is told of a version of a key.
+fn told(key: &Key, version: Version, kind: ChangeKind) -> Message {
     Message::Written {
         key: key.clone(),
         version,
+        kind,
     }
+}
+
+/// What is told of a write.
+fn written(key: &Key, entry: &Entry) -> Message {
+    told(key, entry.version, ChangeKind::of(entry))
 }
 
 fn now() -> i64 {
@@ -196,7 +203,7 @@ async fn a_write_behind_write_that_comes_too_late_enters_no_empty_slot_and_nobod
     assert_eq!(standing(&bench.replicas[1], &key("k")).await, Some(new.clone()));
     assert_eq!(
         bench.heard().await,
-        [(bench.replicas[0].origin, written(&key("k"), new.version))]
+        [(bench.replicas[0].origin, written(&key("k"), &new))]
     );
     // Where something older stands, there is no doubt.
     bench.run(cmd("DEL").arg(slot("k"))).await;
@@ -278,7 +285,12 @@ async fn a_full_redis_still_forgets_and_tells() {
         version: version(4),
     };
     let invalidated = Message::Invalidated { key: key("alone") };
-    let told = [dropped, written(&key("purged"), version(5)), invalidated].map(|told| (replica.origin, told));
+    let told = [
+        dropped,
+        told(&key("purged"), version(5), ChangeKind::Invalidate),
+        invalidated,
+    ]
+    .map(|told| (replica.origin, told));
     assert_eq!(bench.heard().await, told);
     // What was told to go is gone, when there is room again, too: no token is left to land by.
     bench.run(cmd("CONFIG").arg("SET").arg("maxmemory").arg(0)).await;
@@ -369,7 +381,8 @@ async fn the_sentinel_of_an_epoch_goes_with_what_was_flushed() {
     replica.set_sentinel(epoch).await.expect("Redis answers");
     assert_eq!(replica.has_sentinel(epoch).await, Ok(true));
     assert_eq!(replica.has_sentinel(other).await, Ok(false));
-    replica.announce(Message::EpochMoved).await.expect("Redis answers");
+    // Who listens here is this test.
+    assert_eq!(replica.announce(&[Message::EpochMoved]).await, Ok(1));
     let told = (replica.origin, Message::EpochMoved);
     assert_eq!(bench.heard().await, [told]);
     bench.run(&mut cmd("FLUSHALL")).await;
@@ -423,7 +436,7 @@ async fn what_is_asked_at_the_same_moment_is_answered_each_by_itself() {
     }
     let told = bench.heard().await;
     for (name, entry) in iter::zip(&names, &entries) {
-        let message = (bench.replicas[0].origin, written(&key(name), entry.version));
+        let message = (bench.replicas[0].origin, written(&key(name), entry));
         assert_eq!(told.iter().filter(|heard| **heard == message).count(), 1, "{name}");
     }
 }

@@ -17,7 +17,7 @@ use tidegate::rpc::proto::{
     AwaitPersistedRequest, AwaitPersistedResponse, BatchGetRequest, BatchGetResponse, BatchWriteRequest,
     BatchWriteResponse, DeleteRequest, DeleteResponse, Durability, Entry, GetRequest, GetResponse, IncrementRequest,
     IncrementResponse, PutRequest, PutResponse, ScanRequest, ScanResponse, Source, TouchRequest, TouchResponse,
-    WriteStreamRequest, WriteStreamResponse,
+    WatchRequest, WatchResponse, WriteStreamRequest, WriteStreamResponse,
     gateway_server::{Gateway, GatewayServer},
 };
 use tokio::{net::TcpStream, runtime, sync::mpsc};
@@ -136,6 +136,12 @@ impl Gateway for Floor {
         &self,
         _: Request<Streaming<WriteStreamRequest>>,
     ) -> Result<Response<Self::WriteStreamStream>, Status> {
+        no_floor()
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchResponse, Status>> + Send>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         no_floor()
     }
 

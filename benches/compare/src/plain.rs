@@ -16,7 +16,7 @@ use tidegate::rpc::proto::{
     AwaitPersistedRequest, AwaitPersistedResponse, BatchGetRequest, BatchGetResponse, BatchWriteRequest,
     BatchWriteResponse, DeleteRequest, DeleteResponse, Durability, Entry, GetRequest, GetResponse, IncrementRequest,
     IncrementResponse, PutRequest, PutResponse, ScanRequest, ScanResponse, Source, TouchRequest, TouchResponse,
-    WriteStreamRequest, WriteStreamResponse,
+    WatchRequest, WatchResponse, WriteStreamRequest, WriteStreamResponse,
     gateway_server::{Gateway, GatewayServer},
 };
 use tonic::{
@@ -166,6 +166,12 @@ impl Gateway for Plain {
         &self,
         _: Request<Streaming<WriteStreamRequest>>,
     ) -> Result<Response<Self::WriteStreamStream>, Status> {
+        not_written()
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchResponse, Status>> + Send>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         not_written()
     }
 

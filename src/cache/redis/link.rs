@@ -252,16 +252,16 @@ pub(super) async fn ask_value(
     }
 }
 
-/// One command whose answer is a number that tells nothing.
+/// One command whose answer is a number, of which it tells how many.
 ///
 /// Cancel-safe, as [`ask`] is.
 pub(super) async fn tell(
     connection: &mut MultiplexedConnection,
     command: &Cmd,
     deadline: Instant,
-) -> Result<(), RedisFailure> {
+) -> Result<u64, RedisFailure> {
     match timeout_at(deadline, command.query_async(connection)).await {
-        Ok(Ok(Value::Int(_))) => Ok(()),
+        Ok(Ok(Value::Int(number))) => Ok(u64::try_from(number).unwrap_or(0)),
         Ok(Ok(_)) => Err(RedisFailure::Lost),
         Ok(Err(error)) => Err(failure_of(&error)),
         Err(_) => Err(RedisFailure::TimedOut),

@@ -18,7 +18,7 @@ use crate::{
         layout::{self, HEADER_BYTES},
         message::Message,
     },
-    model::{Key, Timestamp, Version},
+    model::{ChangeKind, Key, Timestamp, Version},
 };
 
 /// What the script answers of one slot: a letter, and eight bytes.
@@ -165,6 +165,10 @@ impl Publication {
         let message = Message::Written {
             key: self.key.clone(),
             version: self.version,
+            kind: match self.value {
+                Some(_) => ChangeKind::Put,
+                None => ChangeKind::Delete,
+            },
         };
         command.arg(message.encode());
         command.arg(self.token.as_ref().map_or(&[][..], |token| &token.0));

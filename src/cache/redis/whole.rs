@@ -2,7 +2,7 @@
 //! server counts.
 //!
 //! Owns those commands. Does not own when they are given (the gateway) nor the connection ([`super`]). Invariant: every answer is a bulk
-//! string, a number that tells nothing, or nothing, as of every other command here.
+//! string, a number, or nothing, as of every other command here.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,18 +18,18 @@ use crate::{
 const SENTINEL_KEPT: Duration = Duration::from_secs(24 * 3600);
 
 impl RedisCache {
-    /// Tells the other replicas what concerns no single slot.
+    /// Tells the other replicas what concerns no single slot, at once: at least one message. How many are subscribed, this replica among them.
     ///
     /// # Errors
     /// [`RedisFailure`]: whether they heard is not known.
-    pub async fn announce(&self, message: Message) -> Result<(), RedisFailure> {
+    pub async fn announce(&self, messages: &[Message]) -> Result<u64, RedisFailure> {
         let told = async {
             let standing = self.slots.link.current().ok_or(RedisFailure::Down)?;
             let mut command = Cmd::new();
             command
                 .arg("PUBLISH")
                 .arg(&self.slots.channel)
-                .arg(message.told(self.slots.origin));
+                .arg(Message::told_together(messages, self.slots.origin));
             self.slots.tell_over(standing, &command).await
         };
         told.await.inspect_err(|failure| self.slots.link.count(failure))
@@ -172,6 +172,6 @@ impl RedisCache {
         let mut command = Cmd::new();
         command.arg("PUBLISH");
         command.arg(&self.beats).arg(number);
-        self.slots.tell_over(standing, &command).await
+        self.slots.tell_over(standing, &command).await.map(drop)
     }
 }

@@ -43,6 +43,7 @@ fn written(name: &str, version: Version) -> Message {
     Message::Written {
         key: key(name),
         version,
+        kind: ChangeKind::Put,
     }
 }
 

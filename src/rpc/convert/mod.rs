@@ -1,12 +1,13 @@
 //! Proto to model and back: all validation of what callers send.
 //!
 //! Owns which field breaks which rule, and says all of them at once. Decides nothing else. Here are the rules of fields that several
-//! messages have; `read` and `write` have the messages. Invariant: what leaves here towards the gateway is valid; a request that is not
+//! messages have; `read`, `watch` and `write` have the messages. Invariant: what leaves here towards the gateway is valid; a request that is not
 //! changes nothing.
 
 mod read;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod write;
 
 use std::{borrow::Cow, time::Duration};
@@ -15,6 +16,7 @@ use prost_types::Timestamp as ProtoTimestamp;
 
 pub(crate) use self::{
     read::{batch_get, batch_get_response, get, get_response, scan, scan_response},
+    watch::{watch, watch_response},
     write::{
         AwaitedWrite, await_persisted, batch_write, delete, delete_response, increment, increment_response, item, put,
         put_response, touch, touch_response, write_result,
@@ -61,6 +63,15 @@ fn key(namespace: &str, key: &str, violations: &mut Vec<FieldViolation>) -> Opti
 
 fn namespace(namespace: &str, violations: &mut Vec<FieldViolation>) {
     check_namespace(namespace).unwrap_or_else(|rule| violate(violations, "namespace", rule));
+}
+
+/// What keys begin with, of a namespace that is valid. A prefix that is no key is the empty one, or too long, or holds what no key does.
+fn prefix(prefix: &str, violations: &mut Vec<FieldViolation>) {
+    if let Err(invalid) = Key::new("n", prefix)
+        && let Some(rule) = invalid.key.filter(|_| !prefix.is_empty())
+    {
+        violate(violations, "prefix", rule);
+    }
 }
 
 /// A ttl, rounded up to a millisecond: a record must not vanish sooner than it was promised.

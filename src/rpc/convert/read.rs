@@ -10,7 +10,7 @@ use crate::{
     rpc::{proto, status::to_failure},
 };
 
-use super::{ANSWER_BYTES_MAX, BATCH_MAX, BLAMED_MAX, duration, key, namespace, timestamp, violate};
+use super::{ANSWER_BYTES_MAX, BATCH_MAX, BLAMED_MAX, duration, key, namespace, prefix, timestamp, violate};
 
 /// The records of a page, unless the caller says how many.
 const PAGE_SIZE_DEFAULT: i32 = 100;
@@ -50,12 +50,7 @@ pub(crate) fn batch_get(request: &proto::BatchGetRequest) -> Result<(Vec<Key>, R
 pub(crate) fn scan(request: proto::ScanRequest) -> Result<ScanRequest, Error> {
     let mut violations = Vec::new();
     namespace(&request.namespace, &mut violations);
-    // Of a namespace that is valid. A prefix that is no key is the empty one, or too long, or holds what no key does.
-    if let Err(invalid) = Key::new("n", &request.prefix)
-        && let Some(rule) = invalid.key.filter(|_| !request.prefix.is_empty())
-    {
-        violate(&mut violations, "prefix", rule);
-    }
+    prefix(&request.prefix, &mut violations);
     let records_max = bounded(
         "page_size",
         request.page_size,
@@ -144,7 +139,7 @@ pub(crate) fn scan_response(page: Page) -> proto::ScanResponse {
 }
 
 /// An entry; one whose value was left out has an empty one.
-fn entry(entry: Entry) -> proto::Entry {
+pub(super) fn entry(entry: Entry) -> proto::Entry {
     proto::Entry {
         value: entry.value.unwrap_or_default(),
         version: entry.version.get(),

@@ -25,11 +25,11 @@ use tidegate::{
         message::Message,
         redis::{Claimed, Hold, Published, SlotToken},
     },
-    model::{Entry, Key, VERSION_EPOCH_MILLIS, Version},
+    model::{ChangeKind, Entry, Key, VERSION_EPOCH_MILLIS, Version},
 };
 use tokio::time::Instant;
 
-use super::{Bench, Raw, now, written};
+use super::{Bench, Raw, now, told, written};
 use crate::cache_redis::{LONG, NOW, edges, key, slot, version};
 
 /// The least for which a tombstone, and what is not in the store yet, is kept.
@@ -372,7 +372,7 @@ impl Case<'_> {
         };
         let replica = &self.bench.replicas[replica];
         let answer = replica.publish_entry(&self.key, &entry, NOW, lifetime, hold).await;
-        let message = written(&self.key, entry.version);
+        let message = written(&self.key, &entry);
         let published = self.model.write(&Copy::new(Some(entry), NOW, lifetime), hold);
         prop_assert_eq!(answer, Ok(published), "{:?}", hold);
         Ok((published != Published::Late).then_some(message))
@@ -397,7 +397,7 @@ impl Case<'_> {
         if self.model.version() < Some(version) {
             self.model.sink(version);
         }
-        Ok(written(&self.key, version))
+        Ok(told(&self.key, version, ChangeKind::Invalidate))
     }
 
     /// A token stands now.
