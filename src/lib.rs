@@ -11,6 +11,7 @@
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
 //! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it. [`stats`]: a command that
 //!   looks into one that runs.
+//! - [`client`] (with the feature of that name, on by default): a client for Rust programs. [`commands`]: the commands that ask a gateway that runs.
 
 /// A place where a test build may be told to kill itself (`planted`); nothing in any other build.
 macro_rules! kill_point {
@@ -22,7 +23,10 @@ macro_rules! kill_point {
 
 pub mod backoff;
 pub mod cache;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod clock;
+pub mod commands;
 pub mod config;
 pub mod data_dir;
 pub mod error;

@@ -7,7 +7,9 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+#[cfg(feature = "client")]
+use tidegate::commands;
 use tidegate::{
     config::{Config, Flags},
     operations,
@@ -57,6 +59,14 @@ enum Command {
     /// Look into the journal of this configuration, or mend it
     #[command(subcommand)]
     Journal(JournalCommand),
+    /// Print what makes a shell complete these commands, to be put where that shell looks for it
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    #[cfg(feature = "client")]
+    #[command(flatten)]
+    Records(commands::Command),
 }
 
 #[derive(Subcommand)]
@@ -145,6 +155,9 @@ fn main() -> ExitCode {
         }
         Some(Command::Journal(JournalCommand::Inspect(flags))) => configured(&flags, inspect),
         Some(Command::Journal(JournalCommand::Repair(flags))) => configured(&flags, repair),
+        Some(Command::Completions { shell }) => Ok(complete(shell)),
+        #[cfg(feature = "client")]
+        Some(Command::Records(command)) => Ok(commands::run(&command).into()),
     };
     done.unwrap_or_else(|error| {
         say(&mut io::stderr(), &format!("tidegate: {error:#}"));
@@ -201,6 +214,14 @@ fn show_stats(config: &Config, options: &stats::Options) -> anyhow::Result<ExitC
     let runtime = runtime.context("cannot start a runtime")?;
     runtime.block_on(stats::show(config.admin.listen, options))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints the completions of a shell. A reader that is gone is nothing to act on.
+fn complete(shell: clap_complete::Shell) -> ExitCode {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "tidegate", &mut text);
+    let _ = io::stdout().write_all(&text);
+    ExitCode::SUCCESS
 }
 
 fn inspect(config: &Config) -> anyhow::Result<ExitCode> {

@@ -35,7 +35,7 @@ use self::{
     slot::{Course, Newest, Place, Slot},
     watch::{Below, Watchers},
 };
-use crate::model::{Entry, Key, KeyedAnswer, Timestamp, Version, Write};
+use crate::model::{Entry, Key, KeyedAnswer, Tags, Timestamp, Version, Write};
 
 /// What a write holds for as long as it is pending.
 pub(super) trait Payload {
@@ -580,15 +580,15 @@ impl<P: Payload> Pending<P> {
         }
     }
 
-    /// The pending entries of a namespace whose keys begin with `prefix`, in order, from the first one after `after`.
+    /// The pending entries of a namespace whose keys begin with `prefix`, with their tags, in order, from the first one after `after`.
     pub(super) fn range(
         &self,
         namespace: &str,
         prefix: &str,
         after: Option<&str>,
-    ) -> impl Iterator<Item = (Key, PendingEntry)> {
+    ) -> impl Iterator<Item = (Key, PendingEntry, Tags)> {
         let keys = self.ordered.below(namespace, prefix, after);
-        keys.filter_map(|key| Some((key.clone(), self.get(key)?)))
+        keys.filter_map(|key| Some((key.clone(), self.get(key)?, self.slots.get(key)?.newest.tags.clone())))
     }
 
     /// The store holds `version` of a key, or something newer.

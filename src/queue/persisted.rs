@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorKind},
-    model::{Key, Timestamp, Version},
+    model::{Key, Tags, Timestamp, Version},
 };
 
 impl Queue {
@@ -76,7 +76,7 @@ impl Queue {
         self.shared.dead_lettered.load(Ordering::Relaxed)
     }
 
-    /// The pending writes of a namespace whose keys begin with `prefix`, in order, from the first one after `after`; at most `limit`, and if they
+    /// The pending writes of a namespace whose keys begin with `prefix`, with their tags, in order, from the first one after `after`; at most `limit`, and if they
     /// are fewer there are no more. Of one moment within each shard, and not of all of them.
     pub fn pending_range(
         &self,
@@ -84,14 +84,14 @@ impl Queue {
         prefix: &str,
         after: Option<&str>,
         limit: usize,
-    ) -> Vec<(Key, PendingEntry)> {
+    ) -> Vec<(Key, PendingEntry, Tags)> {
         let mut found = Vec::new();
         for shard in &self.shared.shards {
             let pending = shard.pending.lock();
             found.extend(pending.range(namespace, prefix, after).take(limit));
         }
         // No key is in two shards.
-        found.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        found.sort_unstable_by(|(a, ..), (b, ..)| a.cmp(b));
         found.truncate(limit);
         found
     }

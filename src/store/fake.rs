@@ -867,8 +867,9 @@ impl Connection for FakeConnection {
         self.call(Call::RowsBelow, |state| {
             let keys = state.keys(namespace, after, limit, has_prefix);
             let row = |key: Key| {
-                let entry = &state.rows.get(&key)?.entry;
+                let Row { entry, tags, .. } = state.rows.get(&key)?;
                 Some(RangeRow {
+                    tags: tags.clone(),
                     version: entry.version,
                     expires_at: entry.expires_at,
                     value_bytes: entry.value.as_ref().map(bytes::Bytes::len),

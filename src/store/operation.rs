@@ -120,6 +120,8 @@ pub struct RangeRow {
     pub expires_at: Option<Timestamp>,
     /// The size of its value, in bytes; `None` of a tombstone.
     pub value_bytes: Option<usize>,
+    /// Its tags.
+    pub tags: Tags,
 }
 
 impl RangeRow {

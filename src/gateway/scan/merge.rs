@@ -6,7 +6,7 @@
 use std::cmp::Ordering;
 
 use crate::{
-    model::{Entry, Key},
+    model::{Entry, Key, Tags},
     queue::PendingEntry,
     store::operation::RangeRow,
 };
@@ -14,8 +14,8 @@ use crate::{
 /// The newest of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Newest {
-    /// It is pending.
-    Pending(Key, Entry),
+    /// It is pending, with these tags.
+    Pending(Key, Entry, Tags),
     /// It is in the store, which has its value.
     Stored(RangeRow),
 }
@@ -23,8 +23,15 @@ pub(super) enum Newest {
 impl Newest {
     pub(super) fn key(&self) -> &Key {
         match self {
-            Newest::Pending(key, _) => key,
+            Newest::Pending(key, ..) => key,
             Newest::Stored(row) => &row.key,
+        }
+    }
+
+    pub(super) fn tags(&self) -> &Tags {
+        match self {
+            Newest::Pending(.., tags) => tags,
+            Newest::Stored(row) => &row.tags,
         }
     }
 }
@@ -39,30 +46,30 @@ pub(super) struct Stretch {
 }
 
 /// Overlays them. Both are in order, and one that has as many as `limit` may have been cut off there.
-pub(super) fn merge(pending: Vec<(Key, PendingEntry)>, rows: Vec<RangeRow>, limit: usize) -> Stretch {
+pub(super) fn merge(pending: Vec<(Key, PendingEntry, Tags)>, rows: Vec<RangeRow>, limit: usize) -> Stretch {
     let cut = |len: usize, last: Option<&Key>| last.filter(|_| len >= limit).cloned();
     let ends = [
-        cut(pending.len(), pending.last().map(|(key, _)| key)),
+        cut(pending.len(), pending.last().map(|(key, ..)| key)),
         cut(rows.len(), rows.last().map(|row| &row.key)),
     ];
     let end = ends.into_iter().flatten().min();
     let within = |key: &Key| end.as_ref().is_none_or(|end| key <= end);
     let mut newest = Vec::with_capacity(pending.len().max(rows.len()));
-    let mut pending = pending.into_iter().filter(|(key, _)| within(key)).peekable();
+    let mut pending = pending.into_iter().filter(|(key, ..)| within(key)).peekable();
     let mut rows = rows.into_iter().filter(|row| within(&row.key)).peekable();
     loop {
         let order = match (pending.peek(), rows.peek()) {
             (None, None) => break,
             (Some(_), None) => Ordering::Less,
             (None, Some(_)) => Ordering::Greater,
-            (Some((key, _)), Some(row)) => key.cmp(&row.key),
+            (Some((key, ..)), Some(row)) => key.cmp(&row.key),
         };
         let pending = if order.is_le() { pending.next() } else { None };
         let row = if order.is_ge() { rows.next() } else { None };
         newest.extend(match (pending, row) {
             // Of equal versions the pending one has its value at hand.
-            (Some((_, pending)), Some(row)) if pending.entry.version < row.version => Some(Newest::Stored(row)),
-            (Some((key, pending)), _) => Some(Newest::Pending(key, pending.entry)),
+            (Some((_, pending, _)), Some(row)) if pending.entry.version < row.version => Some(Newest::Stored(row)),
+            (Some((key, pending, tags)), _) => Some(Newest::Pending(key, pending.entry, tags)),
             (None, row) => row.map(Newest::Stored),
         });
     }
@@ -94,7 +101,7 @@ mod tests {
         btree_map(0..40_u8, (1..20_i64, option::of(0..9_u8)), 0..30)
     }
 
-    fn pending(table: &Table, after: Option<u8>, limit: usize) -> Vec<(Key, PendingEntry)> {
+    fn pending(table: &Table, after: Option<u8>, limit: usize) -> Vec<(Key, PendingEntry, Tags)> {
         let beyond = table
             .iter()
             .filter(|(number, _)| after.is_none_or(|after| **number > after));
@@ -108,18 +115,19 @@ mod tests {
                 entry,
                 unconfirmed: false,
             };
-            (key(*number), pending)
+            (key(*number), pending, Tags::default())
         };
         beyond.take(limit).map(entry).collect()
     }
 
     fn rows(table: &Table, after: Option<u8>, limit: usize) -> Vec<RangeRow> {
         let rows = pending(table, after, limit).into_iter();
-        rows.map(|(key, pending)| RangeRow {
+        rows.map(|(key, pending, tags)| RangeRow {
             key,
             version: pending.entry.version,
             expires_at: None,
             value_bytes: pending.entry.value.map(|value| value.len()),
+            tags,
         })
         .collect()
     }
@@ -141,7 +149,7 @@ mod tests {
                 prop_assert!(stretch.newest.len() <= 2 * limit);
                 for newest in &stretch.newest {
                     let version = match newest {
-                        Newest::Pending(_, entry) => entry.version,
+                        Newest::Pending(_, entry, _) => entry.version,
                         Newest::Stored(row) => row.version,
                     };
                     seen.push((newest.key().key().to_owned(), version.get()));

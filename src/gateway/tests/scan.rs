@@ -13,6 +13,7 @@ fn scan(prefix: &str, records_max: usize) -> ScanRequest {
         bytes_max: 3 << 20,
         page_token: None,
         keys_only: false,
+        with_tags: false,
     }
 }
 

@@ -150,8 +150,8 @@ impl Gateway {
             let queue = &self.parts().queue;
             let page = queue.pending_range(namespace, prefix, after.as_ref().map(Key::key), PAGE_KEYS);
             let is_last = page.len() < PAGE_KEYS;
-            after = page.last().map(|(key, _)| key.clone());
-            let mut messages: Vec<Message> = page.into_iter().map(pending).collect();
+            after = page.last().map(|(key, ..)| key.clone());
+            let mut messages: Vec<Message> = page.into_iter().map(|(key, entry, _)| pending((key, entry))).collect();
             if is_last {
                 messages.push(Message::Recalled { number });
             }

@@ -296,7 +296,7 @@ async fn a_range_is_in_order_over_all_shards_and_shows_the_newest() {
         let found = rig.queue.pending_range("test", prefix, after, limit);
         let named = found
             .into_iter()
-            .map(|(key, pending)| (key.key().to_owned(), pending.entry.version.get()));
+            .map(|(key, pending, _)| (key.key().to_owned(), pending.entry.version.get()));
         named.collect::<Vec<_>>()
     };
     let one = |name: &str| (name.to_owned(), 1);

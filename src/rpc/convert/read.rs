@@ -79,6 +79,7 @@ pub(crate) fn scan(request: proto::ScanRequest) -> Result<ScanRequest, Error> {
         bytes_max,
         page_token: Some(request.page_token).filter(|token| !token.is_empty()),
         keys_only: request.keys_only,
+        with_tags: request.with_tags,
     })
 }
 
@@ -128,9 +129,12 @@ pub(crate) fn batch_get_response(answers: Vec<Result<Found, Error>>) -> proto::B
 }
 
 pub(crate) fn scan_response(page: Page) -> proto::ScanResponse {
+    // None where none were asked for.
+    let mut tags = page.tags.into_iter();
     let record = |(key, found): (Key, Entry)| proto::ScanRecord {
         key: key.key().to_owned(),
         entry: Some(entry(found)),
+        tags: tags.next().unwrap_or_default().iter().map(str::to_owned).collect(),
     };
     proto::ScanResponse {
         records: page.records.into_iter().map(record).collect(),

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     model::{Key, Tags},
-    store::{no_key, operation::RangeRow, prefix},
+    store::{no_key, operation::RangeRow, prefix, requests::no_tags},
 };
 
 pub(super) async fn tagged(
@@ -87,11 +87,13 @@ pub(super) async fn newest(session: &mut PgConnection, namespace: &str, limit: u
 fn range_row(namespace: &str, row: &PgRow) -> Result<RangeRow, Failure> {
     let expires_at: Option<WireTime> = row.try_get(2)?;
     let value_bytes: Option<i32> = row.try_get(3)?;
+    let tags: Option<Vec<String>> = row.try_get(4)?;
     Ok(RangeRow {
         key: Key::new(namespace, row.try_get(0)?).map_err(|_| no_key())?,
         version: version(row.try_get(1)?)?,
         expires_at: expires_at.map(|time| time.0),
         value_bytes: value_bytes.and_then(|bytes| usize::try_from(bytes).ok()),
+        tags: Tags::new(&tags.unwrap_or_default()).map_err(|_| no_tags())?,
     })
 }
 

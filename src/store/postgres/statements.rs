@@ -41,12 +41,12 @@ pub(super) const KEYS_FROM: &str = "
 
 /// The rows of a range of the primary key, as [`KEYS_WITHIN`], with the length of their values.
 pub(super) const ROWS_WITHIN: &str = "
-    select key, version, expires_at, octet_length(value) from tidegate_entries
+    select key, version, expires_at, octet_length(value), tags from tidegate_entries
      where namespace = $1 and key >= $2 and key > $3 and key < $5 order by key limit $4";
 
 /// The same without an end.
 pub(super) const ROWS_FROM: &str = "
-    select key, version, expires_at, octet_length(value) from tidegate_entries
+    select key, version, expires_at, octet_length(value), tags from tidegate_entries
      where namespace = $1 and key >= $2 and key > $3 order by key limit $4";
 
 /// Live records by their versions.

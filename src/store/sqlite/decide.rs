@@ -113,7 +113,7 @@ async fn find(writer: &mut SqliteConnection, wanted: &[Wanted<'_>]) -> Result<Ve
 }
 
 /// Tags from a JSON array.
-fn tags_of(json: &str) -> Result<Tags, Failure> {
+pub(super) fn tags_of(json: &str) -> Result<Tags, Failure> {
     let tags: Vec<String> = serde_json::from_str(json).map_err(|_| no_tags())?;
     Ok(Tags::new(&tags).map_err(|_| no_tags())?)
 }

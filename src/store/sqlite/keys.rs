@@ -9,6 +9,7 @@ use sqlx::{
 
 use super::{
     connection::version,
+    decide::tags_of,
     failure::Failure,
     statements::{KEYS_FROM, KEYS_WITHIN, NEWEST, ROWS_FROM, ROWS_WITHIN, TAGGED},
 };
@@ -86,11 +87,13 @@ pub(super) async fn newest(reader: &mut SqliteConnection, namespace: &str, limit
 fn range_row(namespace: &str, row: &SqliteRow) -> Result<RangeRow, Failure> {
     let expires_at: Option<i64> = row.try_get(2)?;
     let value_bytes: Option<i64> = row.try_get(3)?;
+    let tags: Option<&str> = row.try_get(4)?;
     Ok(RangeRow {
         key: Key::new(namespace, row.try_get(0)?).map_err(|_| no_key())?,
         version: version(row.try_get(1)?)?,
         expires_at: expires_at.map(Timestamp),
         value_bytes: value_bytes.and_then(|bytes| usize::try_from(bytes).ok()),
+        tags: tags.map(tags_of).transpose()?.unwrap_or_default(),
     })
 }
 

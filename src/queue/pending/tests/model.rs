@@ -529,7 +529,7 @@ impl<'a> Both<'a> {
         });
         prop_assert_eq!(told, counted.collect::<Vec<_>>());
         for name in ["even", "odds"] {
-            let range: Vec<Key> = pending.range(name, "k", None).map(|(key, _)| key).collect();
+            let range: Vec<Key> = pending.range(name, "k", None).map(|(key, ..)| key).collect();
             let slots = model.slots.iter().filter(|slot| namespace(slot.key) == name);
             let expected: BTreeSet<Key> = slots.map(|slot| key(slot.key)).collect();
             prop_assert_eq!(range, expected.into_iter().collect::<Vec<_>>());
