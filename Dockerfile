@@ -29,7 +29,7 @@ VOLUME /var/lib/tidegate
 WORKDIR /var/lib/tidegate
 EXPOSE 50051
 # Within a container every address is the container's own: what may reach it is the network's decision. Operations and
-# `tidegate.v1.Admin` stay on loopback: `docker exec CONTAINER tidegate stats`.
+# `tidegate.v1.Admin` stay on loopback: `docker exec CONTAINER tidegate admin stats`.
 ENV TIDEGATE_LISTEN=0.0.0.0:50051 \
     TIDEGATE_INSECURE=true \
     TIDEGATE_DATA_DIR=/var/lib/tidegate

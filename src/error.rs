@@ -28,6 +28,10 @@ pub enum ErrorKind {
     NotACounter,
     /// Add less: the counter would leave its range.
     OutOfRange,
+    /// Look at what there is: nothing of that name is known here.
+    NotFound,
+    /// Resume the drain first: it is paused.
+    Paused,
     /// Nothing: a later write of the same batch has the key.
     Superseded,
     /// Look into the dead letters: the store rejected an accepted write for good.

@@ -32,6 +32,9 @@ const CACHE_SERVICE: &str = "tidegate.cache";
 const JOURNAL_SERVICE: &str = "tidegate.journal";
 const CLOCK_SERVICE: &str = "tidegate.clock";
 
+/// How many paused namespaces are told by name.
+const PAUSED_TOLD_MAX: usize = 10;
+
 /// How long a change may take to show.
 const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -49,7 +52,7 @@ pub struct Health {
 }
 
 /// What `/readyz` says.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Readiness {
     /// Whether calls should be sent here.
     pub ready: bool,
@@ -58,6 +61,8 @@ pub struct Readiness {
     invalidation: Option<bool>,
     journal: JournalState,
     clock: ClockOffset,
+    /// The namespaces whose drain is paused.
+    paused: Vec<String>,
 }
 
 impl Readiness {
@@ -95,7 +100,13 @@ impl fmt::Display for Readiness {
         writeln!(
             f,
             "{gateway}\nstore: {store}\ncache: {cache}\ninvalidation: {invalidation}\njournal: {journal}\nclock: {clock}"
-        )
+        )?;
+        // Said only where it is so: what a pause holds back is no fault of the gateway.
+        match self.paused.len() {
+            0 => Ok(()),
+            count @ 1..=PAUSED_TOLD_MAX => writeln!(f, "paused: {count} ({})", self.paused.join(", ")),
+            count => writeln!(f, "paused: {count} ({}, …)", self.paused[..PAUSED_TOLD_MAX].join(", ")),
+        }
     }
 }
 
@@ -128,6 +139,7 @@ impl Health {
             invalidation: self.background.invalidation_is_up(),
             journal,
             clock: self.clock.offset(),
+            paused: self.background.paused().into_keys().collect(),
         }
     }
 

@@ -9,8 +9,7 @@
 //! - [`cache`]: copies for reading. L1 in memory, Redis, one load per missing key.
 //! - [`queue`]: writes accepted and not yet in the store, and their drain.
 //! - [`store`]: the durable end: PostgreSQL or SQLite behind one trait.
-//! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it. [`stats`]: a command that
-//!   looks into one that runs.
+//! - [`config`], [`data_dir`], [`start`], [`shutdown`], [`health`], [`operations`]: the process around it.
 //! - [`client`] (with the feature of that name, on by default): a client for Rust programs. [`commands`]: the commands that ask a gateway that runs.
 
 /// A place where a test build may be told to kill itself (`planted`); nothing in any other build.
@@ -42,6 +41,5 @@ pub mod rpc;
 pub mod settings;
 pub mod shutdown;
 pub mod start;
-pub mod stats;
 pub mod store;
 pub mod telemetry;

@@ -11,13 +11,13 @@ use clap::{CommandFactory, Parser, Subcommand};
 #[cfg(feature = "client")]
 use tidegate::commands;
 use tidegate::{
+    commands::admin,
     config::{Config, Flags},
     operations,
     queue::journal::{JournalError, fs::DiskFs, inspect},
     shutdown::StopSignals,
     start::{Ending, Running, StartError},
-    stats,
-    telemetry::start_log,
+    telemetry::log::Log,
 };
 
 #[global_allocator]
@@ -54,8 +54,8 @@ enum Command {
     Config(Flags),
     /// Exit 0 if the gateway with this configuration is ready
     Health(Flags),
-    /// Show what the gateway with this configuration has counted of each namespace
-    Stats(StatsArguments),
+    /// Look into a gateway that runs, and steer it
+    Admin(Box<admin::Arguments>),
     /// Look into the journal of this configuration, or mend it
     #[command(subcommand)]
     Journal(JournalCommand),
@@ -75,15 +75,6 @@ enum JournalCommand {
     Inspect(Flags),
     /// Make one that a start refuses fit again: keep what can be read, set the old files aside; no gateway may run on it
     Repair(Flags),
-}
-
-/// The arguments of `stats`.
-#[derive(clap::Args)]
-struct StatsArguments {
-    #[command(flatten)]
-    flags: Flags,
-    #[command(flatten)]
-    options: stats::Options,
 }
 
 /// The arguments of `serve`.
@@ -150,9 +141,7 @@ fn main() -> ExitCode {
         Some(Command::Serve(serving)) => configured(&serving.flags, serve),
         Some(Command::Config(flags)) => configured(&flags, print),
         Some(Command::Health(flags)) => configured(&flags, health),
-        Some(Command::Stats(arguments)) => {
-            configured(&arguments.flags, |config| show_stats(config, &arguments.options))
-        }
+        Some(Command::Admin(arguments)) => Ok(admin::run(&arguments).into()),
         Some(Command::Journal(JournalCommand::Inspect(flags))) => configured(&flags, inspect),
         Some(Command::Journal(JournalCommand::Repair(flags))) => configured(&flags, repair),
         Some(Command::Completions { shell }) => Ok(complete(shell)),
@@ -209,13 +198,6 @@ fn health(config: &Config) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn show_stats(config: &Config, options: &stats::Options) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.context("cannot start a runtime")?;
-    runtime.block_on(stats::show(config.admin.listen, options))?;
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Prints the completions of a shell. A reader that is gone is nothing to act on.
 fn complete(shell: clap_complete::Shell) -> ExitCode {
     let mut text = Vec::new();
@@ -250,10 +232,13 @@ fn repair(config: &Config) -> anyhow::Result<ExitCode> {
 }
 
 fn serve(config: &Config) -> anyhow::Result<ExitCode> {
-    if let Err(error) = start_log(&config.log) {
-        say(&mut io::stderr(), &format!("tidegate: log: {error}"));
-        return Ok(ExitCode::from(EXIT_USAGE));
-    }
+    let log = match Log::start(&config.log) {
+        Ok(log) => log,
+        Err(error) => {
+            say(&mut io::stderr(), &format!("tidegate: log: {error}"));
+            return Ok(ExitCode::from(EXIT_USAGE));
+        }
+    };
     // Redis and PostgreSQL over TLS take the process's provider. An error says that there is one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let background = tokio::runtime::Builder::new_multi_thread()
@@ -262,16 +247,16 @@ fn serve(config: &Config) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the background runtime")?;
-    let code = background.block_on(run(config));
+    let code = background.block_on(run(config, log));
     // A task that hangs must not keep a process that has said how it ended.
     background.shutdown_background();
     code
 }
 
-async fn run(config: &Config) -> anyhow::Result<ExitCode> {
+async fn run(config: &Config, log: Log) -> anyhow::Result<ExitCode> {
     let mut signals = StopSignals::listen().context("cannot listen for signals")?;
     let mut running = tokio::select! {
-        started = Running::start(config) => started?,
+        started = Running::start(config, log) => started?,
         () = signals.next() => {
             return Ok(stopped_early(config));
         }

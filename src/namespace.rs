@@ -1,8 +1,12 @@
 //! What can be set for each namespace, and the table that finds a namespace's settings.
 //!
-//! Owns the settings' meaning and defaults. A namespace needs no declaration: one that is not configured has the defaults.
+//! Owns the settings' meaning and defaults, and what is told of where each comes from. A namespace needs no declaration: one that is not configured has the defaults.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -133,11 +137,37 @@ impl Default for NamespaceSettings {
     }
 }
 
+/// Where a setting of a namespace comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SettingSource {
+    /// Nobody configured it.
+    BuiltIn,
+    /// It is configured for all namespaces.
+    Defaults,
+    /// It is configured for this one.
+    Namespace,
+}
+
+/// A setting, as people read it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    /// Its name in the configuration.
+    pub name: String,
+    /// Its value, as the configuration has it.
+    pub value: String,
+    /// Where it comes from.
+    pub source: SettingSource,
+    /// The place of that; empty for what is built in.
+    pub place: String,
+}
+
 /// The settings of every namespace.
 #[derive(Debug, Clone, Default)]
 pub struct Namespaces {
     defaults: Arc<NamespaceSettings>,
     configured: HashMap<String, Arc<NamespaceSettings>, foldhash::fast::RandomState>,
+    /// The place of each setting that was configured, by its path in the configuration.
+    places: BTreeMap<String, String>,
 }
 
 impl Namespaces {
@@ -152,7 +182,52 @@ impl Namespaces {
                 .into_iter()
                 .map(|(name, settings)| (name, Arc::new(settings)))
                 .collect(),
+            places: BTreeMap::new(),
         }
+    }
+
+    /// The same, knowing where each setting was configured: by paths such as `namespaces.orders.write_mode`.
+    #[must_use]
+    pub fn with_places(mut self, places: BTreeMap<String, String>) -> Namespaces {
+        self.places = places;
+        self
+    }
+
+    /// The settings that hold for a namespace, by name, and where each comes from.
+    pub fn settings(&self, namespace: &str) -> Vec<Setting> {
+        self.told(self.get(namespace), Some(namespace))
+    }
+
+    /// The same of those that are not configured by name.
+    pub fn default_settings(&self) -> Vec<Setting> {
+        self.told(&self.defaults, None)
+    }
+
+    fn told(&self, settings: &NamespaceSettings, namespace: Option<&str>) -> Vec<Setting> {
+        // Settings are a section of plain values: they are written so in the configuration, too.
+        let Ok(serde_json::Value::Object(values)) = serde_json::to_value(settings) else {
+            return Vec::new();
+        };
+        let place = |section: String, name: &str| self.places.get(&format!("{section}.{name}"));
+        let setting = |(name, value): (String, serde_json::Value)| {
+            let own = namespace.and_then(|namespace| place(format!("namespaces.{namespace}"), &name));
+            let (source, place) = match (own, place("namespace_defaults".to_owned(), &name)) {
+                (Some(place), _) => (SettingSource::Namespace, place.clone()),
+                (None, Some(place)) => (SettingSource::Defaults, place.clone()),
+                (None, None) => (SettingSource::BuiltIn, String::new()),
+            };
+            let value = match value {
+                serde_json::Value::String(text) => text,
+                other => other.to_string(),
+            };
+            Setting {
+                name,
+                value,
+                source,
+                place,
+            }
+        };
+        values.into_iter().map(setting).collect()
     }
 
     /// The namespaces that are configured by name.

@@ -34,13 +34,16 @@ use crate::{
         self, Left, Notice, Queue,
         journal::{Journal, JournalError, Recovered, fs::DiskFs},
     },
-    rpc::{admin::Admin, serve::Server},
+    rpc::{
+        admin::{Admin, Asked},
+        serve::Server,
+    },
     shutdown,
     store::{
         Store, StoreError, collect, commit::GroupCommit, control, decisions::GroupDecide, load::GroupLoad,
         ranges::Ranges, watch,
     },
-    telemetry::{Metrics, calls::CallMetrics},
+    telemetry::{Metrics, log::Log},
 };
 
 /// How long background tasks may take to end once nothing waits for them: the node id is given back then.
@@ -126,7 +129,7 @@ impl Running {
     ///
     /// # Errors
     /// The first part that cannot be made.
-    pub async fn start(config: &Config) -> Result<Running, StartError> {
+    pub async fn start(config: &Config, log: Log) -> Result<Running, StartError> {
         let data_dir = DataDir::open(&config.data_dir)?;
         let redis = config
             .redis_url
@@ -166,7 +169,8 @@ impl Running {
         tasks.spawn(health.clone().keep());
         observe(&mut metrics, &store, &parts);
         let operations_address = open_operations(config, metrics.registry, &health, &mut tasks).await?;
-        let admin_address = open_admin(config, gateway.clone(), metrics.calls.clone(), &health, &mut tasks).await?;
+        let asked = Asked::new(gateway.clone(), metrics.calls.clone(), log);
+        let admin_address = open_admin(config, asked, &health, &mut tasks).await?;
         let listener = listen(config.listen).await?;
         let failed = |source| StartError::Serve {
             address: config.listen,
@@ -418,6 +422,12 @@ fn observe(metrics: &mut Metrics, store: &Store, parts: &GatewayParts) {
     );
     let watches = Arc::clone(&parts.watches);
     metrics.gauge("watchers", "Watches under way", move || watches.watching() as f64);
+    let paused = parts.queue.clone();
+    metrics.gauge(
+        "queue_paused_namespaces",
+        "Namespaces whose drain is paused by an operator",
+        move || paused.paused().len() as f64,
+    );
     let entries = Arc::clone(&memory);
     metrics.gauge("memory_cache_entries", "Copies in L1", move || entries.len() as f64);
     metrics.gauge("memory_cache_bytes", "Bytes of the copies in L1", move || {
@@ -446,15 +456,14 @@ async fn open_operations(
 /// Opens the operators' gRPC port. Where it is.
 async fn open_admin(
     config: &Config,
-    gateway: Gateway,
-    calls: CallMetrics,
+    asked: Asked,
     health: &Health,
     tasks: &mut Tasks,
 ) -> Result<SocketAddr, StartError> {
     let listener = listen(config.admin.listen).await?;
     let address = address(&listener, config.admin.listen)?;
     let stop = tasks.stop.clone();
-    let admin = Admin::new(gateway, calls, health.reporter(), config.rpc.reflection, stop);
+    let admin = Admin::new(asked, health.reporter(), config.rpc.reflection, stop);
     let admin = admin.map_err(|source| StartError::Serve { address, source })?;
     tasks.add([tokio::spawn(admin.serve(listener))]);
     Ok(address)

@@ -4,6 +4,7 @@
 //! with the [`exit`] code. Invariants: what was asked for is all that goes to standard output, everything else goes to standard error; a reader
 //! of the output that has gone ends a command, and is no error.
 
+pub mod admin;
 pub mod exit;
 pub mod progress;
 pub mod table;

@@ -13,7 +13,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use self::sources::{File, assemble, overlay};
+use self::sources::{File, assemble, namespace_paths, overlay};
 pub use self::url::Url;
 
 use crate::{
@@ -98,6 +98,9 @@ pub struct Config {
     pub namespace_defaults: NamespaceSettings,
     /// Namespaces that differ from the defaults, by name.
     pub namespaces: BTreeMap<String, NamespaceSettings>,
+    /// Where each setting of a namespace, or of their defaults, was configured, by its path. No setting itself.
+    #[serde(skip)]
+    pub namespace_places: BTreeMap<String, String>,
 }
 
 impl Default for Config {
@@ -122,6 +125,7 @@ impl Default for Config {
             shutdown: shutdown::Config::default(),
             namespace_defaults: NamespaceSettings::default(),
             namespaces: BTreeMap::new(),
+            namespace_places: BTreeMap::new(),
         }
     }
 }
@@ -189,6 +193,13 @@ impl Config {
             place: "configuration".to_owned(),
             reason,
         })?;
+        let place = |path: &String| {
+            let in_file = || file.as_ref().and_then(|file| file.position(path));
+            origins.get(path).cloned().or_else(in_file)
+        };
+        let places = namespace_paths(&settings).into_iter();
+        let places = places.filter_map(|path| Some((path.clone(), place(&path)?)));
+        config.namespace_places = places.collect();
         config.validate().map_err(|(path, reason)| ConfigError {
             place: origins
                 .remove(&path)
@@ -202,7 +213,8 @@ impl Config {
 
     /// The settings of every namespace.
     pub fn namespaces(&self) -> Namespaces {
-        Namespaces::new(self.namespace_defaults.clone(), self.namespaces.clone())
+        let namespaces = Namespaces::new(self.namespace_defaults.clone(), self.namespaces.clone());
+        namespaces.with_places(self.namespace_places.clone())
     }
 
     /// Where the journal is.
@@ -293,7 +305,7 @@ impl Config {
         if let Some(url) = &self.redis_url {
             redis::Server::parse(url.reveal()).map_err(|error| ("redis_url".to_owned(), error.to_string()))?;
         }
-        telemetry::check_log(&self.log).map_err(|reason| ("log".to_owned(), reason))
+        telemetry::log::check_log(&self.log).map_err(|reason| ("log".to_owned(), reason))
     }
 }
 
@@ -375,6 +387,30 @@ mod tests {
         let namespaces = config.namespaces();
         assert_eq!(namespaces.get("orders").write_mode, WriteMode::Behind);
         assert_eq!(namespaces.get("orders").cache_lifetime, Duration::from_secs(7));
+    }
+
+    #[test]
+    fn each_setting_of_a_namespace_knows_its_place() {
+        let text = "[namespace_defaults]\nwrite_mode = 'behind'\n[namespaces.'a.b']\n\nwrite_delay = '1s'";
+        let environment = [("TIDEGATE_NAMESPACES__ORDERS__WRITE_MODE", "through")];
+        let config = load(text, &environment, Flags::default()).expect("valid");
+        let place = |path: &str| config.namespace_places.get(path).map(String::as_str);
+        let ends = |path: &str, end: &str| place(path).is_some_and(|place| place.ends_with(end));
+        assert!(
+            ends("namespace_defaults.write_mode", ":2:1"),
+            "{:?}",
+            config.namespace_places
+        );
+        assert!(
+            ends("namespaces.a.b.write_delay", ":5:1"),
+            "{:?}",
+            config.namespace_places
+        );
+        assert_eq!(
+            place("namespaces.orders.write_mode"),
+            Some("TIDEGATE_NAMESPACES__ORDERS__WRITE_MODE")
+        );
+        assert_eq!(place("namespaces.orders.write_delay"), None);
     }
 
     #[test]
@@ -545,6 +581,15 @@ mod tests {
     fn the_effective_configuration_can_be_read_back() {
         let config = load("[namespaces.orders]\nwrite_delay = '1s'", &[], Flags::default()).expect("valid");
         let text = toml::to_string(&config).expect("serializes");
-        assert_eq!(load(&text, &[], Flags::default()).expect("valid"), config);
+        let again = load(&text, &[], Flags::default()).expect("valid");
+        // It stands elsewhere.
+        let namespace_places = config.namespace_places.clone();
+        assert_eq!(
+            Config {
+                namespace_places,
+                ..again
+            },
+            config
+        );
     }
 }

@@ -41,8 +41,13 @@ impl File {
         self.text.parse().map_err(located)
     }
 
-    /// Where a setting stands in the file, or the nearest section around it.
+    /// Where a setting stands in the file, or the nearest section around it, and which it is.
     pub(super) fn place(&self, path: &str) -> Option<String> {
+        Some(format!("{} ({path})", self.position(path)?))
+    }
+
+    /// Where it stands.
+    pub(super) fn position(&self, path: &str) -> Option<String> {
         let document = DeTable::parse(&self.text).ok()?;
         let mut table = document.get_ref();
         let mut offset = None;
@@ -60,7 +65,7 @@ impl File {
             };
             table = section;
         }
-        Some(format!("{} ({path})", self.at(offset?)))
+        Some(self.at(offset?))
     }
 
     fn at(&self, offset: usize) -> String {
@@ -69,6 +74,20 @@ impl File {
         let column = before.iter().rev().take_while(|byte| **byte != b'\n').count() + 1;
         format!("{}:{line}:{column}", self.path.display())
     }
+}
+
+/// The settings of namespaces, and of their defaults, that stand somewhere: their paths, joined by dots.
+pub(super) fn namespace_paths(settings: &Table) -> Vec<String> {
+    let section = |path: String, section: Option<&Value>| -> Vec<String> {
+        let names = section.and_then(Value::as_table).into_iter().flat_map(Table::keys);
+        names.map(|name| format!("{path}.{name}")).collect()
+    };
+    let mut paths = section("namespace_defaults".to_owned(), settings.get("namespace_defaults"));
+    let namespaces = settings.get("namespaces").and_then(Value::as_table);
+    for (name, own) in namespaces.into_iter().flatten() {
+        paths.extend(section(format!("namespaces.{name}"), Some(own)));
+    }
+    paths
 }
 
 /// Sets one value, given as text, and blames it when the settings do not hold any longer. `path` is joined by two underscores.

@@ -19,6 +19,7 @@ mod decide;
 mod epoch;
 mod freshness;
 pub mod invalidate;
+pub mod letters;
 mod load;
 mod mend;
 mod outlive;
@@ -32,6 +33,7 @@ pub mod scan;
 mod shared;
 mod sharing;
 pub mod stats;
+pub mod steer;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod warm;

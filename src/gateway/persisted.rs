@@ -116,7 +116,7 @@ fn dead_lettered() -> Error {
     Error::new(ErrorKind::DeadLettered, message)
 }
 
-fn not_persisted() -> Error {
+pub(super) fn not_persisted() -> Error {
     let message = "the store does not have it yet: ask again, or allow more time";
     Error::new(ErrorKind::NotPersisted, message).retry_after(RETRY_AFTER)
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{Found, Gateway, ReadConsistency};
 use crate::{
     error::Error,
-    model::{Key, Source},
+    model::{Key, Source, Timestamp},
     telemetry::{
         calls::CallMetrics,
         namespaces::{Answered, Counted, First, NAMESPACES_MAX, OTHERS},
@@ -28,6 +28,8 @@ pub struct NamespaceStats {
     pub evictions: u64,
     /// What is pending.
     pub pending: QueueStats,
+    /// Since when the drain is paused; `None` of several together.
+    pub paused_since: Option<Timestamp>,
 }
 
 /// How one tier answered.
@@ -132,6 +134,9 @@ impl Gateway {
         }
         for (name, pending) in self.parts().queue.stats_by_namespace() {
             all.entry(name).or_default().pending = pending;
+        }
+        for (name, since) in self.paused() {
+            all.entry(name).or_default().paused_since = Some(since);
         }
         if let Some(namespace) = namespace {
             all.retain(|name, _| name == namespace);

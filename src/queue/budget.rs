@@ -102,6 +102,11 @@ impl Budget {
         }
     }
 
+    /// How many entries and bytes there may be.
+    pub(super) fn bounds(&self) -> (usize, usize) {
+        (self.entries_max, self.bytes_max)
+    }
+
     /// Whether draining should not wait for anything: somebody waits for room, or little is left.
     pub(super) fn is_pressed(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0

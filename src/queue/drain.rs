@@ -26,6 +26,7 @@ use super::{
     Config, DropReason, Dropped, Notice, Shard, Shared,
     bisect::Bisection,
     pending::{Settled, entries_of},
+    report::Doing,
 };
 use crate::{
     backoff::Backoff,
@@ -123,7 +124,9 @@ impl Worker {
     /// Drains for ever. Dropped in the middle, it leaves its batch in flight: no other worker may follow it in this process.
     pub(super) async fn run(mut self) {
         loop {
-            match self.select().await {
+            let event = self.select().await;
+            self.tell_doing(Doing::Writing);
+            match event {
                 Event::Drain(batch) => self.drain(batch).await,
                 Event::Bury(letter) => self.bury(letter).await,
                 Event::Remember(answers) => self.remember(answers).await,
@@ -140,6 +143,7 @@ impl Worker {
                 Ok(event) => return event,
                 Err(wake_at) => wake_at,
             };
+            self.tell_doing(self.waiting_for(now));
             let may_drain = self.commits.is_over(now, closed);
             tokio::select! {
                 // What is accepted meanwhile does not shorten a backoff; the word of it is kept until then.
@@ -148,6 +152,22 @@ impl Worker {
                 () = self.shared.closing.cancelled(), if !closed => {}
             }
         }
+    }
+
+    /// What it waits for where there is nothing to do.
+    fn waiting_for(&self, now: Instant) -> Doing {
+        let retries = [&self.commits, &self.burials, &self.remembrances];
+        if retries.into_iter().any(Retry::is_failing) {
+            Doing::BackingOff
+        } else if self.gathers_until.is_some_and(|until| now < until) {
+            Doing::Gathering
+        } else {
+            Doing::Idle
+        }
+    }
+
+    fn tell_doing(&self, doing: Doing) {
+        self.shard().board.does(doing, self.shared.clock.now());
     }
 
     /// What there is to do at `now`, or else when to look again; `None`: when told.
@@ -448,6 +468,7 @@ impl Worker {
                 if !self.burials.is_failing() {
                     tracing::warn!(%error, "the store does not take dead letters; they are kept and tried again");
                 }
+                self.shard().board.failed(&error, self.shared.clock.now());
                 self.burials.failed(Instant::now());
                 self.condemned.push_back(letter);
             }
@@ -463,6 +484,7 @@ impl Worker {
         if !self.commits.is_failing() && self.shared.failing.fetch_add(1, Ordering::Relaxed) == 0 {
             tracing::warn!(%error, kind = ?error.kind, "the store does not take pending writes; they are kept and tried again");
         }
+        self.shard().board.failed(error, self.shared.clock.now());
         self.commits.failed(Instant::now());
         // When to try again is for the backoff to say.
         self.gathers_until = None;
@@ -472,6 +494,7 @@ impl Worker {
         if self.commits.is_failing() && self.shared.failing.fetch_sub(1, Ordering::Relaxed) == 1 {
             tracing::info!("the store takes pending writes again");
         }
+        self.shard().board.succeeded();
         self.commits.succeeded();
     }
 

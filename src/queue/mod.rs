@@ -4,7 +4,7 @@
 //! batch in flight per worker (`drain`), so that much beyond the bytes bound is in memory at most. Then the way of a write:
 //! [`Queue::admit`] claims room and may wait; [`Queue::append`] makes it durable; [`Queue::accept`] makes it visible and cannot fail.
 //! A worker commits it and forgets it, and its record in the journal is released. What an earlier process had accepted is pending from the
-//! start. Whoever must know when a write has left waits for it (`persisted`). Owns all of that; does not own stamping, caches or what a caller is told (the gateway), nor the meaning of a store's errors
+//! start. Whoever must know when a write has left waits for it (`persisted`); operators pause the drain (`pause`) and look into it (`report`). Owns all of that; does not own stamping, caches or what a caller is told (the gateway), nor the meaning of a store's errors
 //! (the store). Invariants: an accepted write leaves only when the store holds it or something newer, or when it is a dead letter; until
 //! then its record is held, or that of a newer one of its key; the higher version always stands; a write with a request id leaves only when
 //! the store has the id, too, and until then its own record is held.
@@ -17,17 +17,20 @@ mod budget;
 mod config;
 mod drain;
 pub mod journal;
+mod pause;
 mod pending;
 mod persisted;
 #[cfg(feature = "planted-faults")]
 mod planted;
+mod report;
 #[cfg(test)]
 mod tests;
 
 pub use self::{
     admission::{Admission, Claim, Held},
     config::Config,
-    pending::{Fate, PendingEntry},
+    pending::{Fate, PendingEntry, PendingKey},
+    report::{Doing, Failure, Report, WorkerReport},
 };
 
 use std::{
@@ -43,7 +46,7 @@ use std::{
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     task::JoinHandle,
     time::{Instant, timeout_at},
 };
@@ -54,6 +57,7 @@ use self::{
     drain::Worker,
     journal::{Journal, Lane, Record, State},
     pending::{Offered, Pending},
+    report::Board,
 };
 use crate::{
     clock::Clock,
@@ -202,6 +206,10 @@ struct Shared {
     dead_lettered: AtomicU64,
     /// How many wait for everything to leave.
     emptying: AtomicUsize,
+    /// The namespaces whose drain is paused, and since when.
+    paused: watch::Sender<BTreeMap<String, Timestamp>>,
+    /// Held while that changes.
+    steering: Mutex<()>,
     retry_backoff_max: Duration,
 }
 
@@ -209,6 +217,8 @@ struct Shard {
     pending: Mutex<Pending<Held>>,
     /// Told when its worker may have something to do sooner than it thinks.
     changed: Notify,
+    /// What its worker tells.
+    board: Board,
 }
 
 impl Queue {
@@ -216,8 +226,9 @@ impl Queue {
     /// cut off. So first [`Queue::close`] and await [`Queue::drained`], and afterwards [`Queue::close_journal`].
     pub fn start(config: &Config, parts: Parts, stop: &CancellationToken) -> Started {
         let workers = config.drain_workers.get().min(parts.store.writers_max()).max(1);
+        let now = parts.clock.now();
         let shared = Arc::new(Shared {
-            shards: (0..workers).map(|_| Shard::new()).collect(),
+            shards: (0..workers).map(|_| Shard::new(now)).collect(),
             hasher: RandomState::default(),
             budget: Arc::new(Budget::new(
                 config.entries_max.get(),
@@ -231,6 +242,8 @@ impl Queue {
             failing: AtomicUsize::new(0),
             dead_lettered: AtomicU64::new(0),
             emptying: AtomicUsize::new(0),
+            paused: watch::Sender::default(),
+            steering: Mutex::new(()),
             retry_backoff_max: config.retry_backoff_max,
         });
         for (write, record) in parts.recovered {
@@ -548,9 +561,10 @@ impl Queue {
         stats
     }
 
-    /// Ends admission, for waiters too, and hurries the drain. A write that was admitted may still be accepted.
+    /// Ends admission, for waiters too, and every pause, and hurries the drain. A write that was admitted may still be accepted.
     pub fn close(&self) {
         self.shared.budget.close();
+        self.resume_all();
         self.shared.closing.cancel();
     }
 
@@ -657,10 +671,11 @@ impl Shared {
 }
 
 impl Shard {
-    fn new() -> Shard {
+    fn new(now: Timestamp) -> Shard {
         Shard {
             pending: Mutex::new(Pending::new()),
             changed: Notify::new(),
+            board: Board::new(now),
         }
     }
 }

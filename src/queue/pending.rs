@@ -7,9 +7,11 @@
 //! oldest write that has not left, so a hot key is neither starved nor younger than it looks; a write with a request id holds its
 //! payload until the store has the id, whatever became of its slot (`owed`).
 //!
-//! In reading order: this file, `slot` (one key), `owed` (request ids), `passing` (who is on the way), `watch` (who waits), `range` and `shares`
-//! (what is told of all of them).
+//! In reading order: this file, `slot` (one key), `order` (what may be drained), `owed` (request ids), `passing` (who is on the way), `watch` (who
+//! waits), `range`, `shares` and `oldest` (what is told of all of them).
 
+mod oldest;
+mod order;
 mod owed;
 mod passing;
 mod range;
@@ -17,17 +19,15 @@ mod shares;
 mod slot;
 mod watch;
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use foldhash::fast::RandomState;
 
-pub use self::watch::Fate;
+pub use self::{oldest::PendingKey, watch::Fate};
 pub(super) use self::{shares::Share, watch::Watch};
 
 use self::{
+    order::Order,
     owed::{Loose, Owed, Tried},
     passing::Passages,
     range::Ordered,
@@ -80,7 +80,7 @@ pub struct PendingEntry {
 pub(super) struct Pending<P> {
     slots: HashMap<Key, Slot<P>, RandomState>,
     /// The keys of every waiting slot, by due time and number.
-    order: BTreeMap<(Timestamp, u64), Key>,
+    order: Order,
     /// How many of those a worker wants that gathers a batch.
     wanted: Option<usize>,
     /// The keys of every slot, in order.
@@ -110,7 +110,7 @@ impl<P: Payload> Pending<P> {
     pub(super) fn new() -> Pending<P> {
         Pending {
             slots: HashMap::default(),
-            order: BTreeMap::new(),
+            order: Order::default(),
             wanted: None,
             ordered: Ordered::default(),
             loose: Loose::new(),
@@ -186,7 +186,7 @@ impl<P: Payload> Pending<P> {
         let Some(slot) = self.slots.get_mut(&key) else {
             self.count(&key, weight, &fresh);
             self.ordered.add(&key);
-            self.order.insert((fresh.due, fresh.number), key.clone());
+            self.order.insert(fresh.due, fresh.number, key.clone());
             let slot = Slot {
                 newest: offered,
                 course: Course::Waiting(fresh),
@@ -242,11 +242,9 @@ impl<P: Payload> Pending<P> {
         let mut taken = Vec::new();
         let (mut entries, mut bytes) = (0, 0);
         while entries < entries_max && bytes < bytes_max {
-            let Some(first) = self.order.first_entry() else { break };
-            if !hurried && first.key().0 > now {
+            let Some(key) = self.order.take(now, hurried) else {
                 break;
-            }
-            let key = first.remove();
+            };
             // Every key of the order has a waiting slot.
             let Some(slot) = self.slots.get_mut(&key) else { continue };
             let Course::Waiting(place) = slot.course else { continue };
@@ -319,10 +317,10 @@ impl<P: Payload> Pending<P> {
             && tried == version
         {
             self.shares.replace(key, &place, &next);
-            self.order.insert((next.due, next.number), key.clone());
+            self.order.insert(next.due, next.number, key.clone());
             slot.course = Course::Waiting(next);
             self.nexts -= 1;
-            self.watchers.note_gone(place.number);
+            self.watchers.note_gone(key, place.number);
         }
         self.tell_left(key);
     }
@@ -344,9 +342,9 @@ impl<P: Payload> Pending<P> {
             if let Some(next) = next {
                 place.lowest = place.lowest.min(next.lowest);
                 self.nexts -= 1;
-                self.watchers.note_gone(next.number);
+                self.watchers.note_gone(key, next.number);
             }
-            self.order.insert((place.due, place.number), key.clone());
+            self.order.insert(place.due, place.number, key.clone());
             slot.course = Course::Waiting(place);
         }
     }
@@ -484,14 +482,24 @@ impl<P: Payload> Pending<P> {
 
     /// When the next write that is not in flight is due.
     pub(super) fn next_due(&self) -> Option<Timestamp> {
-        self.order.first_key_value().map(|((due, _), _)| *due)
+        self.order.next_due()
+    }
+
+    /// Takes nothing of a namespace from now on. What is in flight ends.
+    pub(super) fn pause(&mut self, namespace: &str) {
+        self.order.pause(namespace);
+    }
+
+    /// Takes it again.
+    pub(super) fn resume(&mut self, namespace: &str) {
+        self.order.resume(namespace);
     }
 
     /// Whether so many writes are due at `now`, or writes of so many bytes. Where not, [`Pending::is_gathered`] says so once as many more wait as
     /// were lacking.
     pub(super) fn gather(&mut self, now: Timestamp, writes: usize, bytes: usize) -> bool {
         let (mut due, mut sum) = (0, 0);
-        for (_, key) in self.order.range(..=(now, u64::MAX)) {
+        for key in self.order.due(now) {
             due += 1;
             sum += self.slots.get(key).map_or(0, |slot| slot.newest.weight);
             if due >= writes || sum >= bytes {
@@ -541,10 +549,18 @@ impl<P: Payload> Pending<P> {
         Some(self.watchers.settled(key, below))
     }
 
-    /// Waits until all that is pending by now has left; `None`: nothing is.
-    pub(super) fn await_all(&mut self) -> Option<Watch<()>> {
-        let left = self.slots.len() + self.nexts;
-        (left > 0).then(|| self.watchers.all(self.places, left))
+    /// Waits until all that is pending by now has left, of a namespace or of all: with how much that is; `None`: nothing is. Looks at every
+    /// slot of the namespace.
+    pub(super) fn await_all(&mut self, namespace: Option<&str>) -> Option<(Watch<()>, usize)> {
+        let left = match namespace {
+            None => self.slots.len() + self.nexts,
+            Some(namespace) => {
+                let slots = self.ordered.below(namespace, "", None);
+                let slots = slots.filter_map(|key| self.slots.get(key));
+                slots.map(|slot| 1 + usize::from(slot.has_next())).sum()
+            }
+        };
+        (left > 0).then(|| (self.watchers.all(self.places, left, namespace), left))
     }
 
     /// Nobody waits any more for what was waited for under this number.
@@ -568,9 +584,9 @@ impl<P: Payload> Pending<P> {
         let Some(slot) = self.slots.get_mut(key) else { return };
         match &mut slot.course {
             Course::Waiting(place) if place.due > now => {
-                self.order.remove(&(place.due, place.number));
+                self.order.remove(place.due, place.number, key);
                 place.due = now;
-                self.order.insert((now, place.number), key.clone());
+                self.order.insert(now, place.number, key.clone());
             }
             Course::InFlight { place, next, .. } => {
                 place.due = place.due.min(now);
@@ -620,18 +636,18 @@ impl<P: Payload> Pending<P> {
         let (admitted, tried) = (slot.place().admitted, slot.tried());
         let place = match slot.course {
             Course::Waiting(place) => {
-                self.order.remove(&(place.due, place.number));
+                self.order.remove(place.due, place.number, key);
                 place
             }
             Course::InFlight { place, next, .. } => {
                 if let Some(next) = next {
                     self.nexts -= 1;
-                    self.watchers.note_gone(next.number);
+                    self.watchers.note_gone(key, next.number);
                 }
                 place
             }
         };
-        self.watchers.note_gone(place.number);
+        self.watchers.note_gone(key, place.number);
         self.discount(key, slot.newest.weight, &place);
         self.loose.add(key, slot.owed);
         if told.is_some_and(|version| tried == Tried::With(version)) {

@@ -4,7 +4,10 @@
 //! what the store has of other gateways' writes. Everything here is cancel-safe; each wait holds a few words until it ends, so their number is
 //! bounded by the calls that wait. What is waited for is drained at once, whatever the delay, and nothing is gathered while somebody waits.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+};
 
 use tokio::time::{Instant, timeout_at};
 
@@ -59,15 +62,48 @@ impl Queue {
     /// [`ErrorKind::Timeout`].
     pub async fn all_persisted(&self, deadline: Instant) -> Result<(), Error> {
         let _hurry = Hurry::begin(&self.shared);
-        let shards = 0..self.shared.shards.len();
-        let begin = |index| Wait::begin(&self.shared, index, None, |pending, _| pending.await_all());
-        // All of them before the first await: what is accepted later is not waited for.
-        let waits: Vec<Wait<'_, ()>> = shards.filter_map(begin).collect();
-        self.shared.wake_all();
-        for wait in waits {
-            wait.end(deadline).await?;
+        let waits = self.begin_waits(None, &mut 0);
+        end_all(waits, deadline).await
+    }
+
+    /// The same of a namespace, or of all, for an operator, who is told where a pause makes the wait vain: how many writes were waited for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`]; [`ErrorKind::Paused`], now or as soon as it is.
+    pub async fn flush(&self, namespace: Option<&str>, deadline: Instant) -> Result<u64, Error> {
+        let _hurry = Hurry::begin(&self.shared);
+        // Before the waits begin, so that no pause is missed.
+        let mut paused = self.shared.paused.subscribe();
+        let mut waited_for = 0;
+        let waits = self.begin_waits(namespace, &mut waited_for);
+        let is_in_vain = |paused: &BTreeMap<String, Timestamp>| match namespace {
+            None => !paused.is_empty(),
+            Some(namespace) => paused.contains_key(namespace),
+        };
+        let in_vain = async { paused.wait_for(is_in_vain).await.map(drop) };
+        tokio::select! {
+            biased;
+            // The other end is ours.
+            Ok(()) = in_vain => {
+                let message = "the drain is paused, so what is pending stays: resume it first";
+                Err(Error::new(ErrorKind::Paused, message))
+            }
+            ended = end_all(waits, deadline) => ended.map(|()| waited_for),
         }
-        Ok(())
+    }
+
+    /// Waits in all shards, all of them begun before the first await: what is accepted later is not waited for.
+    fn begin_waits(&self, namespace: Option<&str>, waited_for: &mut u64) -> Vec<Wait<'_, ()>> {
+        let begin = |index| {
+            Wait::begin(&self.shared, index, None, |pending, _| {
+                let (watch, left) = pending.await_all(namespace)?;
+                *waited_for += left as u64;
+                Some(watch)
+            })
+        };
+        let waits = (0..self.shared.shards.len()).filter_map(begin).collect();
+        self.shared.wake_all();
+        waits
     }
 
     /// How many writes have gone to the dead letters since the start. Those that [`Queue::all_persisted`] and [`Queue::persisted`] have waited
@@ -95,6 +131,13 @@ impl Queue {
         found.truncate(limit);
         found
     }
+}
+
+async fn end_all(waits: Vec<Wait<'_, ()>>, deadline: Instant) -> Result<(), Error> {
+    for wait in waits {
+        wait.end(deadline).await?;
+    }
+    Ok(())
 }
 
 /// A wait in the table of one shard, which is taken back when this is dropped.

@@ -89,6 +89,8 @@ fn meaning(kind: ErrorKind) -> Meaning {
         ErrorKind::Absent => (Code::FailedPrecondition, "ABSENT", false),
         ErrorKind::NotACounter => (Code::FailedPrecondition, "NOT_A_COUNTER", false),
         ErrorKind::OutOfRange => (Code::OutOfRange, "OUT_OF_RANGE", false),
+        ErrorKind::NotFound => (Code::NotFound, "NOT_FOUND", false),
+        ErrorKind::Paused => (Code::FailedPrecondition, "PAUSED", false),
         ErrorKind::Superseded => (Code::Aborted, "SUPERSEDED", false),
         ErrorKind::DeadLettered => (Code::FailedPrecondition, "DEAD_LETTERED", false),
         ErrorKind::NotPersisted => (Code::Unavailable, "NOT_PERSISTED", true),
@@ -142,6 +144,8 @@ mod tests {
             (ErrorKind::Absent, Code::FailedPrecondition, "ABSENT", false),
             (ErrorKind::NotACounter, Code::FailedPrecondition, "NOT_A_COUNTER", false),
             (ErrorKind::OutOfRange, Code::OutOfRange, "OUT_OF_RANGE", false),
+            (ErrorKind::NotFound, Code::NotFound, "NOT_FOUND", false),
+            (ErrorKind::Paused, Code::FailedPrecondition, "PAUSED", false),
             (ErrorKind::Superseded, Code::Aborted, "SUPERSEDED", false),
             (
                 ErrorKind::DeadLettered,

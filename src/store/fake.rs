@@ -8,6 +8,7 @@
 //! [`FakeBackend::script`]; none of them: it takes effect at once. All time is tokio's, so tests may pause it.
 
 mod decide;
+mod letters;
 
 use std::{
     cmp::Reverse,
@@ -30,7 +31,8 @@ use crate::{
     store::{
         Backend, Claimant, Committed, Connection, Control, DeadLetter, LOAD_BYTES_MAX, NAMESPACE_EPOCHS_MAX,
         NODE_LEASE, NamespaceMoved, NodeGrant, Store, StoreError, StoreErrorKind,
-        fake::decide::Requests,
+        fake::{decide::Requests, letters::Letters},
+        letters::{KeptLetter, LetterRange},
         operation::{Decided, Operation, RangeRow},
         requests::of_answers,
     },
@@ -47,6 +49,12 @@ pub enum Call {
     Probe,
     /// [`Connection::bury`].
     Bury,
+    /// [`Connection::letters`].
+    Letters,
+    /// [`Connection::drop_letters`].
+    DropLetters,
+    /// [`Connection::refuse_letter`].
+    RefuseLetter,
     /// [`Connection::ping`].
     Ping,
     /// [`Connection::lease_node`].
@@ -207,7 +215,7 @@ struct State {
     history: HashMap<Key, Vec<Version>>,
     /// Commits of [`Fault::land_later`].
     landing: Vec<Vec<Write>>,
-    dead_letters: Vec<DeadLetter>,
+    dead_letters: Letters,
     requests: Requests,
     /// The operations of every transaction that was begun.
     decisions: Vec<Vec<(Key, Version)>>,
@@ -245,7 +253,7 @@ impl Default for FakeBackend {
             clock_ahead: 0,
             history: HashMap::new(),
             landing: Vec::new(),
-            dead_letters: Vec::new(),
+            dead_letters: Letters::default(),
             requests: Requests::new(),
             decisions: Vec::new(),
             leases: BTreeMap::new(),
@@ -364,7 +372,7 @@ impl FakeBackend {
 
     /// The dead-letter table, in the order of burial.
     pub fn dead_letters(&self) -> Vec<DeadLetter> {
-        self.state.lock().dead_letters.clone()
+        self.state.lock().dead_letters.all()
     }
 
     /// What is remembered of a request.
@@ -727,13 +735,36 @@ impl Connection for FakeConnection {
 
     async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
         self.call(Call::Bury, |state| {
-            let same = |held: &DeadLetter| {
-                held.write.key == letter.write.key && held.write.entry.version == letter.write.entry.version
-            };
-            if !state.dead_letters.iter().any(same) {
-                state.dead_letters.push(letter.clone());
-            }
+            let now = state.clock.now();
+            state.dead_letters.bury(letter, now);
             Ok(())
+        })
+        .await
+    }
+
+    async fn letters(&mut self, range: LetterRange<'_>) -> Result<Vec<KeptLetter>, StoreError> {
+        self.call(Call::Letters, |state| Ok(state.dead_letters.range(range)))
+            .await
+    }
+
+    async fn last_letter(&mut self) -> Result<i64, StoreError> {
+        self.call(Call::Letters, |state| Ok(state.dead_letters.last_id())).await
+    }
+
+    async fn drop_letters(&mut self, ids: &[i64]) -> Result<u64, StoreError> {
+        self.call(Call::DropLetters, |state| Ok(state.dead_letters.drop_all(ids)))
+            .await
+    }
+
+    async fn refuse_letter(
+        &mut self,
+        id: i64,
+        code: Option<&str>,
+        reason: &str,
+    ) -> Result<Option<(u32, Timestamp)>, StoreError> {
+        self.call(Call::RefuseLetter, |state| {
+            let now = state.clock.now();
+            Ok(state.dead_letters.refuse(id, code, reason, now))
         })
         .await
     }
@@ -883,10 +914,7 @@ impl Connection for FakeConnection {
 
     async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
         self.call(Call::AreBuried, |state| {
-            let is_buried = |(key, version): &(&Key, Version)| {
-                let mut letters = state.dead_letters.iter().map(|letter| &letter.write);
-                letters.any(|write| write.key == **key && write.entry.version >= *version)
-            };
+            let is_buried = |(key, version): &(&Key, Version)| state.dead_letters.has(key, *version);
             Ok(writes.iter().map(is_buried).collect())
         })
         .await

@@ -6,7 +6,7 @@
 //! key whose row was collected stays absent for every version at or below the horizon, so what was deleted never comes back.
 //!
 //! In reading order: this file, [`commit`] (write-through shares commits), [`operation`] and [`decisions`] (what only the
-//! store can decide), [`load`] (misses share queries), [`ranges`] (scans), [`watch`] (whether the
+//! store can decide), [`load`] (misses share queries), [`ranges`] (scans), [`letters`] (what operators ask of dead letters), [`watch`] (whether the
 //! store answers), [`control`] (what all gateways of a store share), [`node`] (the lease of a node id), [`collect`] (old tombstones), then the backends.
 
 mod aside;
@@ -20,6 +20,7 @@ pub mod decisions;
 #[cfg(test)]
 pub mod fake;
 mod gather;
+pub mod letters;
 pub mod load;
 mod lookups;
 pub mod node;
@@ -44,7 +45,10 @@ use async_trait::async_trait;
 
 use crate::model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write};
 
-use self::operation::{Decided, Operation, RangeRow};
+use self::{
+    letters::{KeptLetter, LetterRange},
+    operation::{Decided, Operation, RangeRow},
+};
 
 /// What the store did with one write of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +128,7 @@ impl fmt::Display for StoreError {
 
 impl error::Error for StoreError {}
 
-/// A write that the store refuses for good, as the dead-letter table keeps it: without its tags, by which it could be found only among the entries.
+/// A write that the store refuses for good, as the dead-letter table keeps it.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
     /// The refused write, under its own version.
@@ -157,9 +161,13 @@ impl DeadLetter {
 
     /// The reason as the table can keep it: bounded, and without NUL, the one character that PostgreSQL's text does not hold.
     fn kept_reason(&self) -> String {
-        let characters = self.reason.chars().filter(|c| *c != '\0');
-        characters.take(REASON_CHARS_MAX).collect()
+        kept_reason(&self.reason)
     }
+}
+
+fn kept_reason(reason: &str) -> String {
+    let characters = reason.chars().filter(|c| *c != '\0');
+    characters.take(REASON_CHARS_MAX).collect()
 }
 
 /// Who asks for a node id.
@@ -265,6 +273,26 @@ pub trait Connection: Send {
 
     /// Keeps a refused write in the dead-letter table. Repeating it keeps it once. Its requests are not remembered: it was not written.
     async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError>;
+
+    /// Dead letters, in the order of their ids.
+    ///
+    /// # Errors
+    /// [`StoreErrorKind::Transient`], too, when a row is one that no gateway wrote.
+    async fn letters(&mut self, range: LetterRange<'_>) -> Result<Vec<KeptLetter>, StoreError>;
+
+    /// The highest id of a dead letter; 0: there is none.
+    async fn last_letter(&mut self) -> Result<i64, StoreError>;
+
+    /// Deletes dead letters by their ids: how many there were.
+    async fn drop_letters(&mut self, ids: &[i64]) -> Result<u64, StoreError>;
+
+    /// Notes that a dead letter was refused once more, and why. How often it was, and when, from now on; `None`: there is no such letter.
+    async fn refuse_letter(
+        &mut self,
+        id: i64,
+        code: Option<&str>,
+        reason: &str,
+    ) -> Result<Option<(u32, Timestamp)>, StoreError>;
 
     /// Asks whether the database answers.
     async fn ping(&mut self) -> Result<(), StoreError>;

@@ -13,7 +13,10 @@ use super::{
 };
 use crate::{
     model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write},
-    store::operation::{Decided, Operation, RangeRow},
+    store::{
+        letters::{KeptLetter, LetterRange},
+        operation::{Decided, Operation, RangeRow},
+    },
 };
 
 /// The store as the rest of the gateway has it: a backend, and one breaker for all sessions.
@@ -139,6 +142,39 @@ impl Session {
     /// [`Connection::bury`].
     pub async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
         let call = self.connection.bury(letter);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::letters`].
+    pub async fn letters(&mut self, range: LetterRange<'_>) -> Result<Vec<KeptLetter>, StoreError> {
+        let call = self.connection.letters(range);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::last_letter`].
+    pub async fn last_letter(&mut self) -> Result<i64, StoreError> {
+        let call = self.connection.last_letter();
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::drop_letters`].
+    pub async fn drop_letters(&mut self, ids: &[i64]) -> Result<u64, StoreError> {
+        let call = self.connection.drop_letters(ids);
+        let result = bounded(self.call_timeout, call).await;
+        self.note(result)
+    }
+
+    /// [`Connection::refuse_letter`].
+    pub async fn refuse_letter(
+        &mut self,
+        id: i64,
+        code: Option<&str>,
+        reason: &str,
+    ) -> Result<Option<(u32, Timestamp)>, StoreError> {
+        let call = self.connection.refuse_letter(id, code, reason);
         let result = bounded(self.call_timeout, call).await;
         self.note(result)
     }

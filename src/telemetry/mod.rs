@@ -1,4 +1,4 @@
-//! What the gateway tells about itself: every metric, by name, and the log set-up.
+//! What the gateway tells about itself: every metric, by name; and its [`log`].
 //!
 //! Owns the metrics' names, help and labels, and their encoding for Prometheus. Does not decide anything. Invariants: no value, no key
 //! and no credential becomes a label or a log field; labels are bounded sets. Hot counters are in [`calls`] and, by
@@ -6,13 +6,11 @@
 
 pub mod calls;
 pub mod journal;
+pub mod log;
 pub mod namespaces;
 pub mod watch;
 
-use std::{
-    fmt::Write as _,
-    io::{self, IsTerminal},
-};
+use std::fmt::Write as _;
 
 use prometheus_client::{
     collector::Collector,
@@ -26,43 +24,8 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::telemetry::{calls::CallMetrics, journal::JournalMetrics, watch::WatchMetrics};
-
-/// Starts logging to standard error: for people on a terminal, JSON lines otherwise.
-///
-/// # Errors
-/// `directives` is not a filter such as `info` or `tidegate=debug,warn`, or logging was started before.
-pub fn start_log(directives: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let registry = tracing_subscriber::registry().with(directives.parse::<EnvFilter>()?);
-    if io::stderr().is_terminal() {
-        registry
-            .with(fmt::layer().with_writer(io::stderr).with_target(false))
-            .try_init()?;
-    } else {
-        let json = fmt::layer()
-            .json()
-            .flatten_event(true)
-            .with_target(false)
-            .with_writer(io::stderr);
-        registry.with(json).try_init()?;
-    }
-    Ok(())
-}
-
-/// Checks a filter for [`start_log`].
-///
-/// # Errors
-/// It is none, and why.
-pub fn check_log(directives: &str) -> Result<(), String> {
-    match directives.parse::<EnvFilter>() {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!(
-            "must be a level or a filter, such as info or tidegate=debug,warn: {error}"
-        )),
-    }
-}
 
 /// Every metric of the process.
 #[derive(Debug)]

@@ -1,5 +1,10 @@
 //! Proves that the operators' port is a port of its own: what it serves, what it refuses, and that it stays out of the other's way.
 
+mod commands;
+mod drain;
+mod letters;
+mod settings;
+
 use tidegate::rpc::proto::{GetRequest, StatsRequest, admin_client::AdminClient, gateway_client::GatewayClient};
 use tokio::net::TcpStream;
 use tonic::{Code, transport::Endpoint};

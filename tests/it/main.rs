@@ -80,6 +80,7 @@ mod store_control;
 mod store_decide;
 mod store_decide_cut;
 mod store_keys;
+mod store_letters;
 mod stream;
 mod switches;
 mod tags;

@@ -1,4 +1,4 @@
-//! Proves that what a gateway counts of each namespace is what its callers did, adds up, and is what `tidegate stats` shows.
+//! Proves that what a gateway counts of each namespace is what its callers did, adds up, and is what `tidegate admin stats` shows.
 
 use std::fs;
 
@@ -229,7 +229,7 @@ async fn the_command_shows_the_figures_as_tables_and_as_json() {
     let run = async |arguments: &[&str]| {
         // What it prints is appended to what the last one in the same directory did.
         let directory = configured(&gateway);
-        run_command(&[&["stats"], arguments].concat(), &[], directory.path()).await
+        run_command(&[&["admin", "stats"], arguments].concat(), &[], directory.path()).await
     };
 
     let tables = run(&["--config", "tidegate.toml"]).await;
@@ -288,7 +288,7 @@ async fn the_command_says_what_is_wrong() {
         (&["--watch", "0"], 64, "--watch"),
         (&["--namespace", "Orders"], 64, "lower-case"),
     ] {
-        let output = run_command(&[&["stats"], arguments].concat(), &[], directory.path()).await;
+        let output = run_command(&[&["admin", "stats"], arguments].concat(), &[], directory.path()).await;
         assert_eq!(output.code, Some(code), "{output:?}");
         assert!(output.stderr.contains(said) && output.stdout.is_empty(), "{output:?}");
     }
@@ -300,7 +300,7 @@ async fn the_command_follows_a_gateway_until_the_user_has_enough() {
     let directory = configured(&gateway);
     let mut watch = command();
     watch
-        .args(["stats", "--config", "tidegate.toml", "--watch", "1", "--json"])
+        .args(["admin", "stats", "--config", "tidegate.toml", "--watch", "1", "--json"])
         .current_dir(directory.path());
     let mut process = Process::start("the command", &watch, "KILL", directory.path(), "watch");
     let reads = || -> Vec<u64> {
@@ -329,7 +329,7 @@ async fn a_reader_that_goes_away_is_no_error() {
     let gateway = Setup::new().start().await;
     let directory = configured(&gateway);
     // What `head` leaves unread breaks the pipe of the next look.
-    let script = "{ \"$1\" stats --config tidegate.toml --watch 1; echo $? >status; } | head -n 1";
+    let script = "{ \"$1\" admin stats --config tidegate.toml --watch 1; echo $? >status; } | head -n 1";
     let mut pipeline = shell(script);
     pipeline.arg(command().get_program()).current_dir(directory.path());
     let mut process = Process::start("the pipeline", &pipeline, "KILL", directory.path(), "pipeline");

@@ -119,6 +119,11 @@ impl<P: Payload> Slot<P> {
         }
     }
 
+    /// Whether a write was accepted since a batch took its own.
+    pub(super) fn has_next(&self) -> bool {
+        matches!(self.course, Course::InFlight { next: Some(_), .. })
+    }
+
     /// How the newest write is being tried.
     pub(super) fn tried(&self) -> Tried {
         match self.course {

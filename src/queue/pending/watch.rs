@@ -52,6 +52,8 @@ struct Places {
     up_to: u64,
     /// How many of them have not.
     left: usize,
+    /// Only those of this namespace.
+    namespace: Option<Box<str>>,
 }
 
 type ByKey<W, T> = HashMap<Key, Vec<Waiter<W, T>>, RandomState>;
@@ -81,9 +83,10 @@ impl Watchers {
         watch
     }
 
-    /// Waits until the `left` places with numbers up to `up_to` have left.
-    pub(super) fn all(&mut self, up_to: u64, left: usize) -> Watch<()> {
-        let (waiter, watch) = self.waiter(Places { up_to, left });
+    /// Waits until the `left` places with numbers up to `up_to` have left, of a namespace or of all.
+    pub(super) fn all(&mut self, up_to: u64, left: usize, namespace: Option<&str>) -> Watch<()> {
+        let namespace = namespace.map(Box::from);
+        let (waiter, watch) = self.waiter(Places { up_to, left, namespace });
         self.all.push(waiter);
         watch
     }
@@ -147,10 +150,11 @@ impl Watchers {
         !self.settled.is_empty()
     }
 
-    /// A place has left, or is merged into an older one.
-    pub(super) fn note_gone(&mut self, place: u64) {
+    /// A place of a key has left, or is merged into an older one.
+    pub(super) fn note_gone(&mut self, key: &Key, place: u64) {
         for waiter in &mut self.all {
-            if place <= waiter.what.up_to {
+            let namespace = waiter.what.namespace.as_deref();
+            if place <= waiter.what.up_to && namespace.is_none_or(|namespace| namespace == key.namespace()) {
                 waiter.what.left -= 1;
             }
         }

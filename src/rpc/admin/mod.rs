@@ -2,12 +2,13 @@
 //!
 //! Owns its socket, its bounds, and the way from a path to a service. Runs on the background runtime, never on a serving thread, for its
 //! calls may take long and must not delay a read. Does not own a connection's protocol (`rpc/connection.rs`). In the order of a call:
-//! this, `service` (the methods), `convert` (validation, answers); [`client`] is the other side, for our own commands. Invariant: no more
-//! than 16 connections of 16 calls each are open.
+//! this, `service` (the methods), `told` (those that tell one thing after another), `convert` (validation, answers); [`client`] is the other
+//! side, for our own commands. Invariant: no more than 16 connections of 16 calls each are open.
 
 pub mod client;
 mod convert;
 mod service;
+mod told;
 
 use std::{
     convert::Infallible,
@@ -47,7 +48,7 @@ use crate::{
         serve::{ACCEPT_REST, FLUSH_WAIT, HEALTH_MESSAGE_BYTES_MAX},
         service::Deadlines,
     },
-    telemetry::calls::CallMetrics,
+    telemetry::{calls::CallMetrics, log::Log},
 };
 
 /// How many connections may be open: operators are few.
@@ -82,6 +83,21 @@ impl Default for Config {
     }
 }
 
+/// Whom operators' questions go to.
+#[derive(Clone)]
+pub struct Asked {
+    gateway: Gateway,
+    calls: CallMetrics,
+    log: Log,
+}
+
+impl Asked {
+    /// A gateway of the background runtime, what all threads count, and what is logged.
+    pub fn new(gateway: Gateway, calls: CallMetrics, log: Log) -> Asked {
+        Asked { gateway, calls, log }
+    }
+}
+
 /// The port's services.
 #[derive(Clone)]
 pub struct Admin {
@@ -92,20 +108,14 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// The services over a gateway of the background runtime, and over what all threads count, until `stop`.
+    /// The services, until `stop`.
     ///
     /// # Errors
     /// The descriptors of the contract are broken.
-    pub fn new(
-        gateway: Gateway,
-        calls: CallMetrics,
-        health: &HealthReporter,
-        reflection: bool,
-        stop: CancellationToken,
-    ) -> io::Result<Admin> {
+    pub fn new(asked: Asked, health: &HealthReporter, reflection: bool, stop: CancellationToken) -> io::Result<Admin> {
         let reflection = reflection.then(|| Reflection::of("tidegate.v1.Admin")).transpose()?;
         Ok(Admin {
-            admin: AdminServer::new(AdminService::new(gateway, calls, stop.clone()))
+            admin: AdminServer::new(AdminService::new(asked, stop.clone()))
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(usize::MAX),
             health: HealthServer::new(HealthService::from_health_reporter(health.clone()))
@@ -163,7 +173,9 @@ impl Admin {
             _ => return unimplemented(),
         };
         let deadlines = match request.uri().path() {
-            "/tidegate.v1.Admin/Warm" => &UNHURRIED,
+            "/tidegate.v1.Admin/Warm"
+            | "/tidegate.v1.Admin/RetryDeadLetters"
+            | "/tidegate.v1.Admin/ExportDeadLetters" => &UNHURRIED,
             _ => &DEADLINES,
         };
         let arrived = Instant::now();

@@ -18,16 +18,16 @@ use crate::{
     store::{
         Claimant, Committed, Connection, Control, DeadLetter, LOAD_BYTES_MAX, NODE_LEASE, NodeGrant, StoreError,
         StoreErrorKind,
+        letters::{KeptLetter, LetterRange},
         operation::{Decided, Operation, RangeRow},
         postgres::{
             Dialler,
             collect::collect,
             control, decide,
             failure::Failure,
-            keys, requests,
+            keys, letters, requests,
             statements::{
-                ARE_BURIED, BURY, HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE, STANDING, UPSERT,
-                UPSERT_AND_REMEMBER,
+                HORIZON, LEASE_NODE, LOAD, PROBE, RELEASE_NODE, RENEW_NODE, STANDING, UPSERT, UPSERT_AND_REMEMBER,
             },
             time::WireTime,
         },
@@ -97,7 +97,7 @@ impl Connection for PostgresConnection {
 
     async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
         let mut session = self.take().await?;
-        let result = bury(&mut session, letter).await;
+        let result = letters::bury(&mut session, letter).await;
         self.settle(session, result)
     }
 
@@ -233,7 +233,36 @@ impl Connection for PostgresConnection {
 
     async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
         let mut session = self.take().await?;
-        let result = are_buried(&mut session, writes).await;
+        let result = letters::are_buried(&mut session, writes).await;
+        self.settle(session, result)
+    }
+
+    async fn letters(&mut self, range: LetterRange<'_>) -> Result<Vec<KeptLetter>, StoreError> {
+        let mut session = self.take().await?;
+        let result = letters::range(&mut session, range).await;
+        self.settle(session, result)
+    }
+
+    async fn last_letter(&mut self) -> Result<i64, StoreError> {
+        let mut session = self.take().await?;
+        let result = letters::last(&mut session).await;
+        self.settle(session, result)
+    }
+
+    async fn drop_letters(&mut self, ids: &[i64]) -> Result<u64, StoreError> {
+        let mut session = self.take().await?;
+        let result = letters::drop_all(&mut session, ids).await;
+        self.settle(session, result)
+    }
+
+    async fn refuse_letter(
+        &mut self,
+        id: i64,
+        code: Option<&str>,
+        reason: &str,
+    ) -> Result<Option<(u32, Timestamp)>, StoreError> {
+        let mut session = self.take().await?;
+        let result = letters::refuse(&mut session, id, code, reason).await;
         self.settle(session, result)
     }
 
@@ -369,40 +398,6 @@ pub(super) async fn roll_back<T>(
         transaction.rollback().await?;
     }
     result
-}
-
-async fn bury(session: &mut PgConnection, letter: &DeadLetter) -> Result<(), Failure> {
-    let DeadLetter { write, code, .. } = letter;
-    sqlx::query(BURY)
-        .bind(write.key.namespace())
-        .bind(write.key.key())
-        .bind(write.entry.version.get())
-        .bind(write.entry.value.as_deref())
-        .bind(write.entry.expires_at.map(WireTime))
-        .bind(code.as_deref())
-        .bind(letter.kept_reason())
-        .execute(session)
-        .await?;
-    Ok(())
-}
-
-async fn are_buried(session: &mut PgConnection, writes: &[(&Key, Version)]) -> Result<Vec<bool>, Failure> {
-    let mut buried = vec![false; writes.len()];
-    if writes.is_empty() {
-        return Ok(buried);
-    }
-    let rows = sqlx::query(ARE_BURIED)
-        .bind(writes.iter().map(|(key, _)| key.namespace()).bind_iter())
-        .bind(writes.iter().map(|(key, _)| key.key()).bind_iter())
-        .bind(writes.iter().map(|(_, version)| version.get()).bind_iter())
-        .fetch_all(session)
-        .await?;
-    for row in rows {
-        if let Some(slot) = slot(&mut buried, &row)? {
-            *slot = row.try_get(1)?;
-        }
-    }
-    Ok(buried)
 }
 
 async fn lease_node(session: &mut PgConnection, claimant: &Claimant) -> Result<NodeGrant, Failure> {

@@ -15,6 +15,7 @@ mod control;
 mod decide;
 mod failure;
 mod keys;
+mod letters;
 #[cfg(feature = "planted-faults")]
 mod planted;
 mod preparation;
@@ -260,7 +261,7 @@ async fn migrate(mut connection: PgConnection) -> Result<(), StoreError> {
 /// Checks that the tables have every column that is used.
 async fn check_tables(mut connection: PgConnection) -> Result<(), StoreError> {
     let looked = sqlx::query(
-        "select e.collectable_at, e.tags, d.reason, n.high_water, c.gc_horizon, c.epoch, c.moved_at, c.cache_server, s.epoch, s.moved_at,
+        "select e.collectable_at, e.tags, d.reason, d.attempts, n.high_water, c.gc_horizon, c.epoch, c.moved_at, c.cache_server, s.epoch, s.moved_at,
                 r.ends_at
            from tidegate_entries e, tidegate_dead_letters d, tidegate_nodes n, tidegate_control c, tidegate_namespace_epochs s,
                 tidegate_requests r

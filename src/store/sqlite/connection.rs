@@ -19,15 +19,16 @@ use crate::{
     model::{Answered, Entry, Epoch, Key, KeyedAnswer, RequestId, Timestamp, Version, Write},
     store::{
         Claimant, Committed, Connection, Control, DeadLetter, LOAD_BYTES_MAX, NodeGrant, StoreError, StoreErrorKind,
+        letters::{KeptLetter, LetterRange},
         operation::{Decided, Operation, RangeRow},
         requests::of_writes,
         sqlite::{
             DatabaseFile, control, decide,
             failure::Failure,
-            keys, requests,
+            keys, letters, requests,
             statements::{
-                ARE_BURIED, BURY, COLLECT, HORIZON, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, REMEMBER,
-                RENEW_NODE, STANDING, UPSERT, pieces,
+                COLLECT, HORIZON, LEASE_NODE, LOAD, PROBE, RAISE_HORIZON, RELEASE_NODE, REMEMBER, RENEW_NODE, STANDING,
+                UPSERT, pieces,
             },
         },
         verdict::{Verdict, no_control_row},
@@ -121,7 +122,7 @@ impl Connection for SharedConnection {
 
     async fn bury(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
         let (mut slot, mut writer) = self.file.take_writer().await?;
-        let result = bury(&mut writer, letter).await;
+        let result = letters::bury(&mut writer, letter).await;
         settle(&mut slot, writer, result)
     }
 
@@ -256,8 +257,37 @@ impl Connection for SharedConnection {
 
     async fn are_buried(&mut self, writes: &[(&Key, Version)]) -> Result<Vec<bool>, StoreError> {
         let mut reader = self.take_reader().await?;
-        let result = are_buried(&mut reader, writes).await;
+        let result = letters::are_buried(&mut reader, writes).await;
         settle(&mut self.reader, reader, result)
+    }
+
+    async fn letters(&mut self, range: LetterRange<'_>) -> Result<Vec<KeptLetter>, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = letters::range(&mut reader, range).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn last_letter(&mut self) -> Result<i64, StoreError> {
+        let mut reader = self.take_reader().await?;
+        let result = letters::last(&mut reader).await;
+        settle(&mut self.reader, reader, result)
+    }
+
+    async fn drop_letters(&mut self, ids: &[i64]) -> Result<u64, StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = letters::drop_all(&mut writer, ids).await;
+        settle(&mut slot, writer, result)
+    }
+
+    async fn refuse_letter(
+        &mut self,
+        id: i64,
+        code: Option<&str>,
+        reason: &str,
+    ) -> Result<Option<(u32, Timestamp)>, StoreError> {
+        let (mut slot, mut writer) = self.file.take_writer().await?;
+        let result = letters::refuse(&mut writer, id, code, reason).await;
+        settle(&mut slot, writer, result)
     }
 
     /// Drops the reader. The writer needs none: a call that was cut off has taken it along.
@@ -394,37 +424,6 @@ async fn probe(writer: &mut SqliteConnection) -> Result<(), Failure> {
     transaction.rollback().await?;
     tried?;
     Ok(())
-}
-
-async fn bury(writer: &mut SqliteConnection, letter: &DeadLetter) -> Result<(), Failure> {
-    let DeadLetter { write, code, .. } = letter;
-    sqlx::query(BURY)
-        .bind(write.key.namespace())
-        .bind(write.key.key())
-        .bind(write.entry.version.get())
-        .bind(write.entry.value.as_deref())
-        .bind(write.entry.expires_at.map(|at| at.0))
-        .bind(code.as_deref())
-        .bind(letter.kept_reason())
-        .execute(writer)
-        .await?;
-    Ok(())
-}
-
-async fn are_buried(reader: &mut SqliteConnection, writes: &[(&Key, Version)]) -> Result<Vec<bool>, Failure> {
-    let mut buried = vec![false; writes.len()];
-    for (offset, piece, statement) in pieces(&ARE_BURIED, writes) {
-        let mut query = sqlx::query(AssertSqlSafe(statement));
-        for (key, version) in piece {
-            query = query.bind(key.namespace()).bind(key.key()).bind(version.get());
-        }
-        for row in query.fetch_all(&mut *reader).await? {
-            if let Some(slot) = slot(&mut buried[offset..], &row)? {
-                *slot = row.try_get(1)?;
-            }
-        }
-    }
-    Ok(buried)
 }
 
 async fn lease_node(writer: &mut SqliteConnection, claimant: &Claimant) -> Result<NodeGrant, Failure> {

@@ -13,6 +13,7 @@ mod control;
 mod decide;
 mod failure;
 mod keys;
+mod letters;
 mod requests;
 mod statements;
 

@@ -26,9 +26,30 @@ pub(super) const PROBE: &str = "
 
 /// A dead letter, once.
 pub(super) const BURY: &str = "
-    insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason)
-    values (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+    insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason, tags)
+    values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
         on conflict (namespace, key, version) do nothing";
+
+/// Dead letters by their ids, with their values where they are asked for.
+pub(super) const LETTERS: &str = "
+    select id, namespace, key, version, length(value), case when ?5 then value end, expires_at, tags, code, reason, attempts,
+           buried_at, retried_at
+      from tidegate_dead_letters
+     where id > ?1 and id <= ?2 and (?3 is null or namespace = ?3)
+     order by id limit ?4";
+
+/// The highest id of all.
+pub(super) const LAST_LETTER: &str = "select coalesce(max(id), 0) from tidegate_dead_letters";
+
+/// Dead letters that are dealt with: a JSON array of their ids.
+pub(super) const DROP_LETTERS: &str = "delete from tidegate_dead_letters where id in (select value from json_each(?1))";
+
+/// A dead letter that was refused once more.
+pub(super) const REFUSE_LETTER: &str = concat!(
+    "update tidegate_dead_letters set code = ?2, reason = ?3, attempts = attempts + 1, retried_at = ",
+    now!(),
+    " where id = ?1 returning attempts, retried_at"
+);
 
 /// There is one node, and the last to start has it.
 pub(super) const LEASE_NODE: &str = concat!(

@@ -47,7 +47,10 @@ enum Step {
     Remembered(bool),
     AwaitStored(u8, i64),
     AwaitSettled(u8, i64),
-    AwaitAll,
+    /// Of a namespace, or of all.
+    AwaitAll(Option<u8>),
+    Pause(u8),
+    Resume(u8),
     GiveUp(usize),
     Wait(i64),
 }
@@ -65,7 +68,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => any::<bool>().prop_map(Step::Remembered),
         2 => (0..KEYS, 1..30i64).prop_map(|(k, v)| Step::AwaitStored(k, v)),
         2 => (0..KEYS, 1..30i64).prop_map(|(k, v)| Step::AwaitSettled(k, v)),
-        1 => Just(Step::AwaitAll),
+        2 => proptest::option::of(0..2u8).prop_map(Step::AwaitAll),
+        1 => (0..2u8).prop_map(Step::Pause),
+        1 => (0..2u8).prop_map(Step::Resume),
         1 => (0..4usize).prop_map(Step::GiveUp),
         3 => (1..15i64).prop_map(Step::Wait),
     ];
@@ -168,6 +173,8 @@ struct Model {
     stored: BTreeMap<u8, i64>,
     /// Every write that was accepted.
     accepted: Vec<(u8, i64)>,
+    /// The namespaces of which nothing is taken.
+    paused: BTreeSet<&'static str>,
 }
 
 impl Model {
@@ -231,7 +238,9 @@ impl Model {
         let mut taken = Vec::new();
         let (mut entries, mut bytes) = (0, 0);
         self.slots.sort_by_key(ModelSlot::due);
-        for slot in self.slots.iter_mut().filter(|slot| slot.flight.is_none()) {
+        let paused = &self.paused;
+        let may_fly = |slot: &&mut ModelSlot| slot.flight.is_none() && !paused.contains(namespace(slot.key));
+        for slot in self.slots.iter_mut().filter(may_fly) {
             if entries < entries_max && bytes < bytes_max && (hurried || slot.due().0 <= now) {
                 slot.flight = slot.waiting.take().map(|place| (slot.newest, place));
                 let mut with = BTreeSet::new();
@@ -455,13 +464,12 @@ impl<'a> Both<'a> {
                 prop_assert!(watch.is_some() || self.model.has(&before), "not so yet");
                 self.wait_for(Some(k), watch, before);
             }
-            Step::AwaitAll => {
-                let before = self.model.accepted.clone();
-                let watch = self.pending.await_all();
-                prop_assert_eq!(watch.is_some(), !self.model.slots.is_empty());
-                prop_assert!(watch.is_some() || self.model.has(&before), "not so yet");
-                self.wait_for(None, watch, before);
+            Step::AwaitAll(of) => self.await_all(of)?,
+            Step::Pause(of) => {
+                self.pending.pause(namespace(of));
+                self.model.paused.insert(namespace(of));
             }
+            Step::Resume(of) => self.resume(of),
             Step::GiveUp(at) => {
                 if at < self.waits.len() {
                     let Awaited { key: k, number, .. } = self.waits.remove(at);
@@ -471,6 +479,25 @@ impl<'a> Both<'a> {
             Step::Wait(millis) => self.now += millis,
         }
         Ok(())
+    }
+
+    fn await_all(&mut self, of: Option<u8>) -> Result<(), TestCaseError> {
+        let is_meant = |k: u8| of.is_none_or(|of| namespace(of) == namespace(k));
+        let before = self.model.accepted.iter().filter(|(k, _)| is_meant(*k));
+        let before: Vec<_> = before.copied().collect();
+        let slots = self.model.slots.iter().filter(|slot| is_meant(slot.key));
+        let places = slots.map(|slot| usize::from(slot.flight.is_some()) + usize::from(slot.waiting.is_some()));
+        let expected = Some(places.sum::<usize>()).filter(|places| *places > 0);
+        let (watch, left) = self.pending.await_all(of.map(namespace)).unzip();
+        prop_assert_eq!(left, expected);
+        prop_assert!(watch.is_some() || self.model.has(&before), "not so yet");
+        self.wait_for(None, watch, before);
+        Ok(())
+    }
+
+    fn resume(&mut self, of: u8) {
+        self.pending.resume(namespace(of));
+        self.model.paused.remove(namespace(of));
     }
 
     fn wait_for(&mut self, key: Option<u8>, watch: Option<Watch<()>>, before: Vec<(u8, i64)>) {
@@ -508,7 +535,8 @@ impl<'a> Both<'a> {
         );
         let held: BTreeSet<usize> = holders.iter().map(|(.., step)| *step).collect();
         prop_assert_eq!(&*self.alive.borrow(), &held);
-        let waiting = model.slots.iter().filter(|slot| slot.flight.is_none());
+        let waiting = model.slots.iter();
+        let waiting = waiting.filter(|slot| slot.flight.is_none() && !model.paused.contains(namespace(slot.key)));
         let next_due = waiting.map(|slot| slot.due().0).min();
         prop_assert_eq!(pending.next_due().map(|at| at.0), next_due);
         let is_loose = model.ids.iter().any(|id| id.loose && id.state == State::Waiting);
@@ -533,6 +561,14 @@ impl<'a> Both<'a> {
             let slots = model.slots.iter().filter(|slot| namespace(slot.key) == name);
             let expected: BTreeSet<Key> = slots.map(|slot| key(slot.key)).collect();
             prop_assert_eq!(range, expected.into_iter().collect::<Vec<_>>());
+            let slots = model.slots.iter().filter(|slot| namespace(slot.key) == name);
+            let mut oldest: Vec<i64> = slots.map(|slot| slot.place().0).collect();
+            oldest.sort_unstable();
+            oldest.truncate(2);
+            let told = pending.oldest_keys(Some(name), 2);
+            let mut told: Vec<i64> = told.iter().map(|told| told.accepted_at.0).collect();
+            told.sort_unstable();
+            prop_assert_eq!(told, oldest);
         }
         let ended: Vec<Option<bool>> = self.waits.iter_mut().map(|wait| wait.ended(model)).collect();
         prop_assert!(!ended.contains(&Some(false)), "a wait ended before what it was for");
@@ -544,6 +580,7 @@ impl<'a> Both<'a> {
     /// Everything succeeds from now on: all of it leaves, each id once, and nobody waits any more.
     fn finish(&mut self) -> Result<(), TestCaseError> {
         self.remembered(true);
+        (0..2).for_each(|of| self.resume(of));
         while self.take(2, usize::MAX, true)? || !self.model.slots.is_empty() || !self.model.ids.is_empty() {
             let mut tried: BTreeSet<(u8, i64)> = BTreeSet::new();
             let flights = self

@@ -1,6 +1,12 @@
 //! Proto to model and back, for operators: all validation of what they send, and their answers.
 //!
-//! Owns which field breaks which rule. Decides nothing else. Invariant: what leaves here towards the gateway is valid.
+//! Owns which field breaks which rule. Decides nothing else. What concerns the queue and settings is in `steer`, dead letters are in [`letters`].
+//! Invariant: what leaves here towards the gateway is valid.
+
+pub(super) mod letters;
+mod steer;
+
+pub(super) use self::steer::{log_level, log_level_response, namespaces_response, pending_of, queue, queue_response};
 
 use std::time::Duration;
 
@@ -24,16 +30,21 @@ use crate::{
 const KEYS_MAX: usize = 1_000;
 
 /// The namespace that is asked for; `None`: all.
-pub(super) fn stats(request: &proto::StatsRequest) -> Result<Option<&str>, Error> {
-    if request.namespace.is_empty() {
+pub(super) fn namespace(namespace: &str) -> Result<Option<&str>, Error> {
+    if namespace.is_empty() {
         return Ok(None);
     }
-    check_namespace(&request.namespace).map_err(|rule| {
+    check_one_namespace(namespace)?;
+    Ok(Some(namespace))
+}
+
+/// Checks the namespace that is meant, where one has to be.
+pub(super) fn check_one_namespace(namespace: &str) -> Result<(), Error> {
+    check_namespace(namespace).map_err(|rule| {
         let mut violations = Vec::new();
         violate(&mut violations, "namespace", rule);
         Error::invalid(violations)
-    })?;
-    Ok(Some(&request.namespace))
+    })
 }
 
 pub(super) fn invalidate(request: proto::InvalidateRequest) -> Result<Target, Error> {
@@ -217,7 +228,7 @@ fn namespace_stats(name: &str, stats: &NamespaceStats, has_redis: bool) -> proto
         writes: counted.writes(),
         write_failures: counted.write_failures(),
         write_latency: Some(latency_stats(counted.write_latency())),
-        pending_writes: Some(pending_stats(stats.pending)),
+        pending_writes: Some(pending_stats(stats.pending, stats.paused_since)),
     }
 }
 
@@ -245,11 +256,12 @@ fn latency_stats(latency: Latency<'_>) -> proto::LatencyStats {
     }
 }
 
-fn pending_stats(pending: QueueStats) -> proto::PendingStats {
+fn pending_stats(pending: QueueStats, paused_since: Option<Timestamp>) -> proto::PendingStats {
     proto::PendingStats {
         entries: pending.entries as u64,
         bytes: pending.bytes as u64,
         oldest_age: (pending.entries > 0).then_some(pending.oldest_age).and_then(duration),
+        paused_since: paused_since.map(timestamp),
     }
 }
 
