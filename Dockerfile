@@ -10,6 +10,9 @@ COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto proto
 COPY migrations migrations
 COPY src src
+# Nothing is built of them, but cargo wants to see every package of the workspace.
+COPY benches/compare benches/compare
+COPY examples/rust examples/rust
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/build/target \
     cargo build --release --locked --bin tidegate \

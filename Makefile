@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: check format lint test crash consistency mutants bench bench-guard docs layers proto contract
+.PHONY: check format lint test clients crash consistency mutants bench bench-guard docs layers proto contract
 
 check: format layers proto lint docs test
 	@echo "check: all is well"
@@ -19,9 +19,15 @@ lint:
 test:
 	@echo "== test"
 	@ci/deps
-	@$(CARGO) test --quiet --locked --no-fail-fast
+	@$(CARGO) test --quiet --locked --no-fail-fast --package tidegate --package tidegate-examples
 	@KILLS=10 $(CARGO) test --quiet --locked --features planted-faults --test crash
 	@SECONDS_TO_RUN=8 $(CARGO) test --quiet --locked --features planted-faults --test consistency
+	@ci/clients
+
+# Builds the examples in Python, Go, Node and Java, those whose tools are installed, and runs them against a gateway; with grpcurl, and a client that
+# goes through the whole contract. Says what was skipped, and why.
+clients:
+	@echo "== clients"
 	@ci/clients
 
 # Kills the real binary under load and judges what it comes back with: KILLS=1000 for longer, SEED=n to repeat the choices of a run.
