@@ -8,6 +8,7 @@
 //! said by `/readyz` alone. Does not own the probing: the store's breaker, the Redis link, the journal and the clock know.
 
 use std::{
+    borrow::Cow,
     fmt,
     sync::{
         Arc,
@@ -79,12 +80,21 @@ impl Readiness {
     }
 }
 
-impl fmt::Display for Readiness {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+/// The state of one of the gateway's parts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartState {
+    /// Which, as `/readyz` names it.
+    pub part: &'static str,
+    /// How it is, in a word or a few.
+    pub state: Cow<'static, str>,
+    /// Whether that is as it should be: what is not configured is.
+    pub good: bool,
+}
+
+impl Readiness {
+    /// The state of each part.
+    pub fn parts(&self) -> [PartState; 5] {
         let word = |up: bool| if up { "up" } else { "down" };
-        let cache = self.cache.map_or("none", word);
-        let invalidation = self.invalidation.map_or("none", word);
-        let gateway = if self.ready { "ready" } else { "not ready" };
         let journal = match self.journal {
             JournalState::Up => "up",
             JournalState::Full => "full",
@@ -92,15 +102,35 @@ impl fmt::Display for Readiness {
             JournalState::Failed => "failed",
         };
         let clock = if self.clock.is_off() {
-            format!("{} the store", self.clock)
+            format!("{} the store", self.clock).into()
         } else {
-            "ok".to_owned()
+            "ok".into()
         };
-        let store = word(self.store);
-        writeln!(
-            f,
-            "{gateway}\nstore: {store}\ncache: {cache}\ninvalidation: {invalidation}\njournal: {journal}\nclock: {clock}"
-        )?;
+        let said = |part, state: &'static str, good| PartState {
+            part,
+            state: state.into(),
+            good,
+        };
+        let optional = |part, up: Option<bool>| said(part, up.map_or("none", word), up.unwrap_or(true));
+        [
+            said("store", word(self.store), self.store),
+            optional("cache", self.cache),
+            optional("invalidation", self.invalidation),
+            said("journal", journal, self.journal == JournalState::Up),
+            PartState {
+                part: "clock",
+                state: clock,
+                good: !self.clock.is_off(),
+            },
+        ]
+    }
+}
+
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", if self.ready { "ready" } else { "not ready" })?;
+        let mut parts = self.parts().into_iter();
+        parts.try_for_each(|PartState { part, state, .. }| writeln!(f, "{part}: {state}"))?;
         // Said only where it is so: what a pause holds back is no fault of the gateway.
         match self.paused.len() {
             0 => Ok(()),

@@ -29,7 +29,7 @@ use crate::{
     error::Error,
     gateway::{Gateway, GatewayParts, Refreshes, Requests, Sharing, Watches},
     health::Health,
-    operations,
+    operations::{self, figures::Figures},
     queue::{
         self, Left, Notice, Queue,
         journal::{Journal, JournalError, Recovered, fs::DiskFs},
@@ -168,7 +168,8 @@ impl Running {
         health.report().await;
         tasks.spawn(health.clone().keep());
         observe(&mut metrics, &store, &parts);
-        let operations_address = open_operations(config, metrics.registry, &health, &mut tasks).await?;
+        let figures = Figures::new(gateway.clone(), health.clone(), &metrics);
+        let operations_address = open_operations(config, metrics.registry, figures, &mut tasks).await?;
         let asked = Asked::new(gateway.clone(), metrics.calls.clone(), log);
         let admin_address = open_admin(config, asked, &health, &mut tasks).await?;
         let listener = listen(config.listen).await?;
@@ -439,12 +440,12 @@ fn observe(metrics: &mut Metrics, store: &Store, parts: &GatewayParts) {
 async fn open_operations(
     config: &Config,
     registry: Registry,
-    health: &Health,
+    figures: Figures,
     tasks: &mut Tasks,
 ) -> Result<SocketAddr, StartError> {
     let listener = listen(config.operations.listen).await?;
     let address = address(&listener, config.operations.listen)?;
-    let serving = operations::serve(listener, Arc::new(registry), health.clone(), tasks.stop.clone());
+    let serving = operations::serve(listener, Arc::new(registry), figures, tasks.stop.clone());
     tasks.add([tokio::spawn(async {
         if let Err(error) = serving.await {
             tracing::error!(%error, "the operations port failed");

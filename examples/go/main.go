@@ -29,7 +29,7 @@ import (
 )
 
 // Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience.
-const deadline = 5 * time.Second
+const deadline = 10 * time.Second
 
 const namespace = "examples"
 

@@ -15,7 +15,7 @@ import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 
 // Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience.
-const DEADLINE_MS = 5_000;
+const DEADLINE_MS = 10_000;
 
 const NAMESPACE = "examples";
 

@@ -20,7 +20,7 @@ from tidegate.v1 import gateway_pb2 as pb
 from tidegate.v1 import gateway_pb2_grpc
 
 # Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience.
-DEADLINE = 5
+DEADLINE = 10
 
 NAMESPACE = "examples"
 SERVICE_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "service-config.json"

@@ -109,7 +109,7 @@ const CODES: [(Code, &str); 17] = [
 ];
 
 /// Latency buckets: the upper bounds double from 32 µs to 8.4 s, and one beyond.
-const BUCKETS: usize = 20;
+pub const BUCKETS: usize = 20;
 const FIRST_BUCKET_MICROS: u64 = 32;
 
 #[derive(Debug)]
@@ -180,6 +180,19 @@ fn bucket(micros: u64) -> usize {
     (doublings as usize).min(BUCKETS - 1)
 }
 
+/// What all threads together have counted of one method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MethodCalls {
+    /// The method, as the metrics name it.
+    pub method: &'static str,
+    /// Calls answered with OK.
+    pub ok: u64,
+    /// Calls answered with any other code.
+    pub failed: u64,
+    /// Calls of each bucket of [`bounds_micros`], and those beyond.
+    pub latency: [u64; BUCKETS],
+}
+
 /// The counters of all serving threads.
 #[derive(Debug, Clone, Default)]
 pub struct CallMetrics {
@@ -204,6 +217,30 @@ impl CallMetrics {
         sum
     }
 
+    /// What was counted of each method.
+    pub fn by_method(&self) -> Vec<MethodCalls> {
+        let by_code =
+            |method: Method, code: Code| self.sum(|thread| &thread.methods[method as usize].by_code[code as usize]);
+        let failures = || CODES.iter().filter(|(code, _)| *code != Code::Ok);
+        Method::ALL
+            .map(|(method, name)| MethodCalls {
+                method: name,
+                ok: by_code(method, Code::Ok),
+                failed: failures().map(|(code, _)| by_code(method, *code)).sum(),
+                latency: self.latency(method),
+            })
+            .into()
+    }
+
+    /// Calls of the gateway's own methods that are under way.
+    pub fn running(&self) -> u64 {
+        self.sum(|thread| &thread.running)
+    }
+
+    fn latency(&self, method: Method) -> [u64; BUCKETS] {
+        array::from_fn(|index| self.sum(|thread| &thread.methods[method as usize].latency[index]))
+    }
+
     fn sum(&self, of: impl Fn(&ThreadCounters) -> &AtomicU64) -> u64 {
         self.threads
             .lock()
@@ -221,12 +258,8 @@ impl CallMetrics {
         )?;
         for (method, name) in Method::ALL {
             let micros = self.sum(|thread| &thread.methods[method as usize].latency_micros);
-            let buckets: Vec<(f64, u64)> = (0..BUCKETS)
-                .map(|index| {
-                    let count = self.sum(|thread| &thread.methods[method as usize].latency[index]);
-                    (upper_bound(index), count)
-                })
-                .collect();
+            let counts = self.latency(method).into_iter().enumerate();
+            let buckets: Vec<(f64, u64)> = counts.map(|(index, count)| (upper_bound(index), count)).collect();
             let count = buckets.iter().map(|(_, count)| count).sum();
             family
                 .encode_family(&[("method", name)])?
@@ -234,6 +267,11 @@ impl CallMetrics {
         }
         Ok(())
     }
+}
+
+/// Where each latency bucket but the last, which has no end, ends: in microseconds.
+pub fn bounds_micros() -> [u64; BUCKETS - 1] {
+    array::from_fn(|index| FIRST_BUCKET_MICROS << index)
 }
 
 fn upper_bound(index: usize) -> f64 {
@@ -273,7 +311,6 @@ impl Collector for CallMetrics {
                 .encode_family(&[("source", name)])?
                 .encode_counter::<NoLabelSet, _, u64>(&count, None)?;
         }
-        let running = self.sum(|thread| &thread.running);
         encoder
             .encode_descriptor(
                 "calls_running",
@@ -281,7 +318,7 @@ impl Collector for CallMetrics {
                 None,
                 MetricType::Gauge,
             )?
-            .encode_gauge(&running)?;
+            .encode_gauge(&self.running())?;
         self.encode_latency(&mut encoder)
     }
 }
@@ -327,5 +364,25 @@ mod tests {
         );
         let last = r#"call_duration_seconds_bucket{le="+Inf",method="Get"} 2"#;
         assert!(text.contains(last), "{text}");
+    }
+
+    #[test]
+    fn what_is_told_of_a_method_adds_up() {
+        let metrics = CallMetrics::default();
+        let (a, b) = (metrics.thread(), metrics.thread());
+        a.begin(Method::Put);
+        a.call(Method::Put, Code::Ok, Duration::from_micros(31));
+        b.call(Method::Put, Code::Unavailable, Duration::from_micros(64));
+        b.call(Method::Put, Code::Internal, Duration::MAX);
+        let methods = metrics.by_method();
+        let put = methods
+            .iter()
+            .find(|calls| calls.method == "Put")
+            .expect("it is counted");
+        assert_eq!((put.ok, put.failed), (1, 2));
+        assert_eq!(put.latency.iter().sum::<u64>(), 3);
+        assert_eq!((put.latency[0], put.latency[2], put.latency[BUCKETS - 1]), (1, 1, 1));
+        assert_eq!(bounds_micros()[..2], [32, 64]);
+        assert_eq!(metrics.running(), 1);
     }
 }

@@ -56,6 +56,14 @@ fn get(key: &str) -> GetRequest {
     }
 }
 
+fn delete(key: &str) -> DeleteRequest {
+    DeleteRequest {
+        namespace: "orders".to_owned(),
+        key: key.to_owned(),
+        ..DeleteRequest::default()
+    }
+}
+
 fn increment(key: &str) -> IncrementRequest {
     IncrementRequest {
         namespace: "orders".to_owned(),
@@ -142,12 +150,7 @@ async fn every_call_is_made_over_every_channel() {
     }
     assert_eq!(keys, ["a", "b", "n"]);
     client.await_persisted(AwaitPersistedRequest::default()).await.unwrap();
-    let delete = DeleteRequest {
-        namespace: "orders".to_owned(),
-        key: "a".to_owned(),
-        ..DeleteRequest::default()
-    };
-    client.delete(delete).await.unwrap();
+    client.delete(delete("a")).await.unwrap();
     assert_eq!(value(client.get(get("a")).await.unwrap()), None);
 }
 
@@ -350,12 +353,7 @@ async fn a_session_reads_what_it_has_written_on_any_gateway() {
         }
         assert_eq!(session.min_version("orders", "k"), written.version);
     }
-    let delete = DeleteRequest {
-        namespace: "orders".to_owned(),
-        key: "k".to_owned(),
-        ..DeleteRequest::default()
-    };
-    session.delete(delete).await.unwrap();
+    session.delete(delete("k")).await.unwrap();
     assert_eq!(value(session.get(get("k")).await.unwrap()), None);
 
     // What one session has seen another can be told of.

@@ -323,7 +323,7 @@ async fn an_import_lasts_through_a_restart_of_the_gateway() {
     let Commands { mut gateway, directory } = commands;
     gateway.kill().await;
     // There are lines to write while there is no gateway.
-    pipe.write_all(lines(600)[lines(500).len()..].as_bytes()).unwrap();
+    pipe.write_all(&lines(600).as_bytes()[lines(500).len()..]).unwrap();
     drop(pipe);
     let gateway = gateway.start_again().await;
     let commands = Commands { gateway, directory };

@@ -103,7 +103,7 @@ async fn the_health_command_asks_the_gateway_that_its_configuration_names() {
 #[tokio::test]
 async fn other_pages_do_not_exist() {
     let gateway = Setup::new().start().await;
-    for path in ["/", "/metrics/", "/admin", "/../etc/passwd"] {
+    for path in ["/index.html", "/metrics/", "/figures/", "/admin", "/../etc/passwd"] {
         assert_eq!(gateway.page(path).await.status, 404, "{path}");
     }
 }

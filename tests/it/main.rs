@@ -60,6 +60,7 @@ mod limits;
 mod network;
 mod offline;
 mod outage;
+mod page;
 mod persisted;
 mod poison;
 mod queue_full;

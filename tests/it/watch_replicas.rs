@@ -25,9 +25,11 @@ struct Pair {
 
 async fn pair(config: &str) -> Pair {
     let (database, redis) = tokio::join!(Database::postgres(), redis::start());
-    // A busy machine is no outage of Redis.
+    // A busy machine is no outage of Redis, and no failure of a write.
     let setup = Setup::new().store(database.url()).redis(&redis.url());
-    let setup = setup.config("[redis]\ntimeout = \"5s\"").config(config);
+    let setup = setup
+        .config("[redis]\ntimeout = \"5s\"\n[rpc]\ndeadline_default = \"60s\"")
+        .config(config);
     let gateways = [setup.clone().start().await, setup.start().await];
     Pair {
         database,

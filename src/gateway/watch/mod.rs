@@ -2,7 +2,7 @@
 //!
 //! Owns the log of changes of this process, what is recorded in it, and what a watcher is told. Does not own how a message travels (`rpc::watch`), nor
 //! the channel on which other gateways tell what they wrote (`coherence` heeds it, and records it here). Limits: watchers; the entries and bytes of the
-//! log, which all of them share; [`LOOKUPS_MAX`] records that one watcher has looked up at a time.
+//! log, which all of them share; the records that one watcher has looked up at a time.
 //!
 //! Invariants:
 //! - A write is recorded after it can be read here and before its caller is answered; what another gateway tells, after L1 has heeded it. So who

@@ -156,7 +156,10 @@ impl Setup {
     fn run(&self, directory: &Directory) -> Process {
         let path = directory.path();
         let file = path.join("tidegate.toml");
-        let mut text = format!("[operations]\nlisten = \"127.0.0.1:0\"\n\n{}", self.sections);
+        let mut text = self.sections.clone();
+        if !text.contains("[operations]") {
+            text.push_str("\n[operations]\nlisten = \"127.0.0.1:0\"\n");
+        }
         if !text.contains("[admin]") {
             text.push_str("\n[admin]\nlisten = \"127.0.0.1:0\"\n");
         }
@@ -250,6 +253,8 @@ pub struct Gateway {
 #[derive(Debug)]
 pub struct Page {
     pub status: u16,
+    /// Its status line and its headers.
+    pub head: String,
     pub body: String,
 }
 
@@ -313,9 +318,14 @@ impl Gateway {
 
     /// Gets a page of the operations HTTP.
     pub async fn page(&self, path: &str) -> Page {
+        self.ask("GET", path).await
+    }
+
+    /// Asks the operations HTTP by any method.
+    pub async fn ask(&self, method: &str, path: &str) -> Page {
         let exchange = async {
             let mut stream = TcpStream::connect(self.operations).await?;
-            let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+            let request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
             stream.write_all(request.as_bytes()).await?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await?;
@@ -329,6 +339,7 @@ impl Gateway {
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
         Page {
             status: status.expect("an answer has a status"),
+            head: head.to_owned(),
             body: body.to_owned(),
         }
     }

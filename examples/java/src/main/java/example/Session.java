@@ -40,7 +40,7 @@ import tidegate.v1.GatewayOuterClass.WriteItem;
  */
 public final class Session {
     /** Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience. */
-    private static final long DEADLINE_SECONDS = 5;
+    private static final long DEADLINE_SECONDS = 10;
 
     private static final String NAMESPACE = "examples";
 

@@ -1,7 +1,11 @@
-//! The operations port: plain HTTP for orchestrators and Prometheus, on loopback unless configured.
+//! The operations port: plain HTTP for orchestrators, Prometheus and people, on loopback unless configured.
 //!
-//! Owns `/metrics`, `/livez` and `/readyz`. Has no bound on connections of its own, which is a reason to keep it on loopback. Decides nothing: readiness is [`crate::health`]'s. Runs on the background runtime, never on
-//! a serving thread.
+//! Owns `/metrics`, `/livez` and `/readyz`, and where the live page ([`page`]) and its numbers ([`figures`]) stand. Answers GET and HEAD
+//! alone. Has no bound on connections of its own, which is a reason to keep it on loopback. Decides nothing: readiness is
+//! [`crate::health`]'s. Runs on the background runtime, never on a serving thread.
+
+pub mod figures;
+mod page;
 
 use std::{
     io::{self, Read, Write},
@@ -12,7 +16,7 @@ use std::{
 
 use axum::{
     Router,
-    extract::State,
+    extract::{FromRef, State},
     http::{StatusCode, header::CONTENT_TYPE},
     response::IntoResponse,
     routing::get,
@@ -22,13 +26,13 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::health::Health;
+use crate::operations::figures::Figures;
 
 /// The `[operations]` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where metrics and probes are served. Default: 127.0.0.1:9464. Port 0 takes a free one.
+    /// Where metrics, probes and the live page are served. Default: 127.0.0.1:9464. Port 0 takes a free one.
     pub listen: SocketAddr,
 }
 
@@ -59,7 +63,13 @@ pub fn probe(address: SocketAddr) -> io::Result<bool> {
 #[derive(Clone)]
 struct Sources {
     registry: Arc<Registry>,
-    health: Health,
+    figures: Arc<Figures>,
+}
+
+impl FromRef<Sources> for Arc<Figures> {
+    fn from_ref(sources: &Sources) -> Arc<Figures> {
+        Arc::clone(&sources.figures)
+    }
 }
 
 /// Serves until `stop`, on the current runtime.
@@ -69,14 +79,21 @@ struct Sources {
 pub async fn serve(
     listener: TcpListener,
     registry: Arc<Registry>,
-    health: Health,
+    figures: Figures,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(ready))
-        .with_state(Sources { registry, health });
+        .route("/", get(page::page))
+        .route("/page.js", get(page::script))
+        .route("/page.css", get(page::style))
+        .route("/figures", get(page::figures))
+        .with_state(Sources {
+            registry,
+            figures: Arc::new(figures),
+        });
     axum::serve(listener, router)
         .with_graceful_shutdown(stop.cancelled_owned())
         .await
@@ -94,7 +111,7 @@ async fn metrics(State(sources): State<Sources>) -> impl IntoResponse {
 }
 
 async fn ready(State(sources): State<Sources>) -> impl IntoResponse {
-    let readiness = sources.health.readiness();
+    let readiness = sources.figures.health().readiness();
     let status = if readiness.ready {
         StatusCode::OK
     } else {
