@@ -2,7 +2,7 @@
 //
 //	session ADDRESS [LOSSY-ADDRESS]
 //
-// Puts, gets, batches, counts, and reads what failures say. A lossy address leads to the same gateway over a network that loses the first
+// Puts, gets, batches, counts, watches, and reads what failures say. A lossy address leads to the same gateway over a network that loses the first
 // answer: there the retry of the service config is seen. Ends with 0 when every answer was the expected one.
 package main
 
@@ -30,6 +30,9 @@ import (
 
 // Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience.
 const deadline = 10 * time.Second
+
+// A watch needs none: it lasts. That of an example gets one, so that it ends whatever happens.
+const watchDeadline = 30 * time.Second
 
 const namespace = "examples"
 
@@ -218,6 +221,115 @@ func (s session) comeBack(ctx context.Context) error {
 	return nil
 }
 
+// watching is a watch that goes on.
+type watching struct {
+	messages pb.Gateway_WatchClient
+	started  *pb.WatchStarted
+	// Where to go on, should it end.
+	token string
+	end   context.CancelFunc
+}
+
+func (s session) beginWatch(ctx context.Context, token string) (*watching, error) {
+	ctx, cancel := context.WithTimeout(ctx, watchDeadline)
+	messages, err := s.gateway.Watch(ctx, &pb.WatchRequest{
+		Namespace: namespace, Prefix: s.key("watched/"), ResumeToken: token, WithValues: true,
+	})
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	first, err := messages.Recv()
+	if err == nil && first.GetStarted() == nil {
+		err = fmt.Errorf("a watch began with %v", first)
+	}
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	return &watching{messages: messages, started: first.GetStarted(), token: first.ResumeToken, end: cancel}, nil
+}
+
+// nextChange is the next change to a higher version: a change may be told more than once.
+func (w *watching) nextChange(version int64) (*pb.WatchChange, error) {
+	for {
+		message, err := w.messages.Recv()
+		if err != nil {
+			return nil, err
+		}
+		w.token = message.ResumeToken
+		// It says that changes may have been missed: scan the prefix, and go on. Here nothing can have been.
+		if rescan := message.GetRescan(); rescan != nil {
+			return nil, fmt.Errorf("a rescan: %v", rescan)
+		}
+		if change := message.GetChange(); change != nil && change.Version > version {
+			return change, nil
+		}
+	}
+}
+
+func (s session) watch(ctx context.Context) error {
+	key := s.key("watched/door")
+	w, err := s.beginWatch(ctx, "")
+	if err != nil {
+		return err
+	}
+	defer w.end()
+	put, err := call(ctx, s.gateway.Put, &pb.PutRequest{Namespace: namespace, Key: key, Value: []byte("open")})
+	if err != nil {
+		return err
+	}
+	change, err := w.nextChange(0)
+	if err != nil {
+		return err
+	}
+	if change.Key != key || change.Kind != pb.ChangeKind_CHANGE_KIND_PUT || change.Version != put.Version || string(change.Entry.GetValue()) != "open" {
+		return fmt.Errorf("put version %d, and was told %v", put.Version, change)
+	}
+	deleted, err := call(ctx, s.gateway.Delete, &pb.DeleteRequest{Namespace: namespace, Key: key})
+	if err != nil {
+		return err
+	}
+	change, err = w.nextChange(change.Version)
+	if err != nil {
+		return err
+	}
+	if change.Key != key || change.Kind != pb.ChangeKind_CHANGE_KIND_DELETE || change.Version != deleted.Version {
+		return fmt.Errorf("deleted with version %d, and was told %v", deleted.Version, change)
+	}
+	w.end()
+	fmt.Printf("watched: a put and a delete, of %v\n", w.started.Scope)
+
+	// What happens meanwhile is told to whoever goes on with the last token.
+	put, err = call(ctx, s.gateway.Put, &pb.PutRequest{Namespace: namespace, Key: key, Value: []byte("shut")})
+	if err != nil {
+		return err
+	}
+	again, err := s.beginWatch(ctx, w.token)
+	if err != nil {
+		return err
+	}
+	defer again.end()
+	if !again.started.Resumed {
+		return fmt.Errorf("the watch did not go on: %v", again.started)
+	}
+	change, err = again.nextChange(change.Version)
+	if err != nil {
+		return err
+	}
+	if change.Version != put.Version || string(change.Entry.GetValue()) != "shut" {
+		return fmt.Errorf("put version %d meanwhile, and was told %v", put.Version, change)
+	}
+	fmt.Println("watched: a put while nobody listened, with the token of the last message")
+
+	_, err = s.beginWatch(ctx, "made up")
+	failed := failureOf(err)
+	if _, named := failed.violations["resume_token"]; failed.code != codes.InvalidArgument || !named {
+		return fmt.Errorf("a token that nobody made was answered with %+v", failed)
+	}
+	return nil
+}
+
 func (s session) countOnce(ctx context.Context, where string) (*pb.IncrementResponse, error) {
 	count := &pb.IncrementRequest{Namespace: namespace, Key: s.key("visits"), RequestId: uuid.NewString()}
 	first, err := call(ctx, s.gateway.Increment, count)
@@ -252,7 +364,7 @@ func run(ctx context.Context, address, lossy string) error {
 	}
 	defer channel.Close()
 	s := session{gateway: pb.NewGatewayClient(channel), prefix: prefix}
-	for _, step := range []func(context.Context) error{s.putAndGet, s.batch, s.invalid, s.conflict, s.comeBack} {
+	for _, step := range []func(context.Context) error{s.putAndGet, s.batch, s.invalid, s.conflict, s.comeBack, s.watch} {
 		if err := step(ctx); err != nil {
 			return err
 		}

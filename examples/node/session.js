@@ -2,7 +2,7 @@
 //
 // node session.js ADDRESS [LOSSY-ADDRESS]
 //
-// Puts, gets, batches, counts, and reads what failures say. A lossy address leads to the same gateway over a network that loses the first
+// Puts, gets, batches, counts, watches, and reads what failures say. A lossy address leads to the same gateway over a network that loses the first
 // answer: there the retry of the service config is seen. Ends with 0 when every answer was the expected one.
 
 import assert from "node:assert/strict";
@@ -16,6 +16,8 @@ import protoLoader from "@grpc/proto-loader";
 
 // Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience.
 const DEADLINE_MS = 10_000;
+// A watch needs none: it lasts. That of an example gets one, so that it ends whatever happens.
+const WATCH_DEADLINE_MS = 30_000;
 
 const NAMESPACE = "examples";
 
@@ -35,7 +37,8 @@ function connect(address) {
       const deadline = deadlineMs === null ? Infinity : Date.now() + deadlineMs;
       gateway[method](request, { deadline }, (error, answer) => (error ? reject(error) : resolve(answer)));
     });
-  return { call, close: () => gateway.close() };
+  const watch = (request) => gateway.watch(request, { deadline: Date.now() + WATCH_DEADLINE_MS });
+  return { call, watch, close: () => gateway.close() };
 }
 
 // What a failed call says beyond its code: the details of its status. What never reached the gateway, or whose answer was lost, has none.
@@ -145,6 +148,65 @@ async function comeBack(gateway, prefix) {
   console.log(`came back after ${said.retryDelayMs} ms, as told: the store has version ${answer.version}`);
 }
 
+async function watch(gateway, prefix) {
+  const watched = { namespace: NAMESPACE, prefix: `${prefix}/watched/`, withValues: true };
+  const name = { namespace: NAMESPACE, key: `${watched.prefix}door` };
+  let resumeToken = "";
+
+  async function begin() {
+    const stream = gateway.watch({ ...watched, resumeToken });
+    const messages = stream[Symbol.asyncIterator]();
+    const { value: first } = await messages.next();
+    assert.equal(first.event, "started");
+    resumeToken = first.resumeToken;
+    return { stream, messages, started: first.started };
+  }
+
+  // The next change to a higher version: a change may be told more than once. The token is where to go on, should the watch end.
+  async function nextChange({ messages }, version) {
+    for (;;) {
+      const { value: message, done } = await messages.next();
+      assert.ok(!done, "the watch has ended");
+      resumeToken = message.resumeToken;
+      // A rescan says that changes may have been missed: scan the prefix, and go on. Here nothing can have been.
+      assert.notEqual(message.event, "rescan");
+      if (message.event === "change" && BigInt(message.change.version) > BigInt(version)) return message.change;
+    }
+  }
+
+  // Who ends a watch is told that it was cancelled.
+  function end({ stream }) {
+    stream.on("error", () => {});
+    stream.cancel();
+  }
+
+  let watching = await begin();
+  let put = await gateway.call("put", { ...name, value: Buffer.from("open") });
+  let change = await nextChange(watching, 0);
+  assert.deepEqual([change.key, change.kind, change.version], [name.key, "CHANGE_KIND_PUT", put.version]);
+  assert.equal(change.entry.value.toString(), "open");
+  const deleted = await gateway.call("delete", name);
+  change = await nextChange(watching, change.version);
+  assert.deepEqual([change.key, change.kind, change.version], [name.key, "CHANGE_KIND_DELETE", deleted.version]);
+  end(watching);
+  console.log(`watched: a put and a delete, of ${watching.started.scope}`);
+
+  // What happens meanwhile is told to whoever goes on with the last token.
+  put = await gateway.call("put", { ...name, value: Buffer.from("shut") });
+  watching = await begin();
+  assert.ok(watching.started.resumed, "it goes on where the token says");
+  change = await nextChange(watching, change.version);
+  assert.deepEqual([change.kind, change.version], ["CHANGE_KIND_PUT", put.version]);
+  assert.equal(change.entry.value.toString(), "shut");
+  end(watching);
+  console.log("watched: a put while nobody listened, with the token of the last message");
+
+  const refused = gateway.watch({ namespace: NAMESPACE, resumeToken: "made up" });
+  const said = await failureOf(refused[Symbol.asyncIterator]().next());
+  assert.equal(said.code, grpc.status.INVALID_ARGUMENT);
+  assert.deepEqual(Object.keys(said.violations), ["resume_token"]);
+}
+
 async function countOnce(gateway, prefix, where) {
   const count = { namespace: NAMESPACE, key: `${prefix}/visits`, requestId: randomUUID() };
   const first = await gateway.call("increment", count);
@@ -167,6 +229,7 @@ await batch(gateway, prefix);
 await invalid(gateway);
 await conflict(gateway, prefix);
 await comeBack(gateway, prefix);
+await watch(gateway, prefix);
 await countOnce(gateway, prefix, "counter");
 gateway.close();
 if (lossy) {

@@ -2,7 +2,7 @@
 
 session.py ADDRESS [LOSSY-ADDRESS]
 
-Puts, gets, batches, counts, and reads what failures say. A lossy address leads to the same gateway over a network that loses the first
+Puts, gets, batches, counts, watches, and reads what failures say. A lossy address leads to the same gateway over a network that loses the first
 answer: there the retry of the service config is seen. Ends with 0 when every answer was the expected one.
 """
 
@@ -21,6 +21,8 @@ from tidegate.v1 import gateway_pb2_grpc
 
 # Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience.
 DEADLINE = 10
+# A watch needs none: it lasts. That of an example gets one, so that it ends whatever happens.
+WATCH_DEADLINE = 30
 
 NAMESPACE = "examples"
 SERVICE_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "service-config.json"
@@ -142,6 +144,60 @@ def come_back(gateway, prefix):
     print(f"came back after {failure.retry_delay} s, as told: the store has version {answer.version}")
 
 
+def watch(gateway, prefix):
+    prefix = f"{prefix}/watched/"
+    name = {"namespace": NAMESPACE, "key": f"{prefix}door"}
+    token = ""
+
+    def begin():
+        request = pb.WatchRequest(namespace=NAMESPACE, prefix=prefix, resume_token=token, with_values=True)
+        messages = gateway.Watch(request, timeout=WATCH_DEADLINE)
+        first = next(messages)
+        assert first.WhichOneof("event") == "started", first
+        return messages, first
+
+    def next_change(messages, version):
+        """The next change to a higher version: a change may be told more than once. The token is where to go on, should the watch end."""
+        nonlocal token
+        for message in messages:
+            token = message.resume_token
+            event = message.WhichOneof("event")
+            # A rescan says that changes may have been missed: scan the prefix, and go on. Here nothing can have been.
+            assert event != "rescan", message
+            if event == "change" and message.change.version > version:
+                return message.change
+        raise AssertionError("the watch has ended")
+
+    messages, first = begin()
+    token = first.resume_token
+    put = gateway.Put(pb.PutRequest(**name, value=b"open"), timeout=DEADLINE)
+    change = next_change(messages, 0)
+    assert (change.key, change.kind, change.version) == (name["key"], pb.CHANGE_KIND_PUT, put.version), change
+    assert change.entry.value == b"open", change
+    deleted = gateway.Delete(pb.DeleteRequest(**name), timeout=DEADLINE)
+    change = next_change(messages, change.version)
+    assert (change.key, change.kind, change.version) == (name["key"], pb.CHANGE_KIND_DELETE, deleted.version), change
+    messages.cancel()
+    print(f"watched: a put and a delete, of {pb.WatchScope.Name(first.started.scope)}")
+
+    # What happens meanwhile is told to whoever goes on with the last token.
+    put = gateway.Put(pb.PutRequest(**name, value=b"shut"), timeout=DEADLINE)
+    messages, first = begin()
+    assert first.started.resumed, first
+    change = next_change(messages, change.version)
+    assert (change.kind, change.version, change.entry.value) == (pb.CHANGE_KIND_PUT, put.version, b"shut"), change
+    messages.cancel()
+    print("watched: a put while nobody listened, with the token of the last message")
+
+    try:
+        next(gateway.Watch(pb.WatchRequest(namespace=NAMESPACE, resume_token="made up"), timeout=DEADLINE))
+    except grpc.RpcError as error:
+        failure = Failure(error)
+    else:
+        raise AssertionError("a token that nobody made should have been refused")
+    assert failure.code == grpc.StatusCode.INVALID_ARGUMENT and failure.violations.keys() == {"resume_token"}, vars(failure)
+
+
 def count_once(gateway, prefix, where):
     count = pb.IncrementRequest(namespace=NAMESPACE, key=f"{prefix}/visits", request_id=str(uuid.uuid4()))
     first = gateway.Increment(count, timeout=DEADLINE)
@@ -161,6 +217,7 @@ def main(address, lossy=None):
         invalid(gateway)
         conflict(gateway, prefix)
         come_back(gateway, prefix)
+        watch(gateway, prefix)
         count_once(gateway, prefix, "counter")
     if lossy:
         with connect(lossy) as channel:

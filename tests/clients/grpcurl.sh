@@ -37,7 +37,7 @@ expect "$gateway" "$services"
 expect grpc.health.v1.Health "$services"
 expect grpc.reflection.v1.ServerReflection "$services"
 methods=$("$grpcurl" -plaintext "$address" list $gateway)
-for method in Get Put Delete BatchGet BatchWrite WriteStream Scan Touch Increment AwaitPersisted; do
+for method in Get Put Delete BatchGet BatchWrite WriteStream Scan Touch Increment AwaitPersisted Watch; do
     expect "$gateway.$method" "$methods"
 done
 expect 'rpc Put ( .tidegate.v1.PutRequest )' "$("$grpcurl" -plaintext "$address" describe $gateway)"

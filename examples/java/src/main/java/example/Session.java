@@ -35,12 +35,12 @@ import tidegate.v1.GatewayOuterClass.WriteItem;
 /**
  * A client of Tidegate in Java, with stubs that Maven generates from the contract: {@code Session ADDRESS [LOSSY-ADDRESS]}.
  *
- * <p>Puts, gets, batches, counts, and reads what failures say. A lossy address leads to the same gateway over a network that loses the
- * first answer: there the retry of the service config is seen. Ends with 0 when every answer was the expected one.
+ * <p>Puts, gets, batches, counts, watches, and reads what failures say. A lossy address leads to the same gateway over a network that
+ * loses the first answer: there the retry of the service config is seen. Ends with 0 when every answer was the expected one.
  */
 public final class Session {
     /** Every call has a deadline: without one the gateway's default holds, which knows nothing of your caller's patience. */
-    private static final long DEADLINE_SECONDS = 10;
+    static final long DEADLINE_SECONDS = 10;
 
     private static final String NAMESPACE = "examples";
 
@@ -66,6 +66,7 @@ public final class Session {
             session.invalid();
             session.conflict();
             session.comeBack();
+            new Watched(session.stub, NAMESPACE, prefix + "/watched/").run();
             session.countOnce("counter");
         } finally {
             channel.shutdownNow();
@@ -229,7 +230,7 @@ public final class Session {
     }
 
     /** Makes a call that has to fail, and says how it did. */
-    private static Failure failureOf(Supplier<?> call) throws Exception {
+    static Failure failureOf(Supplier<?> call) throws Exception {
         Object answer;
         try {
             answer = call.get();
@@ -239,7 +240,7 @@ public final class Session {
         throw new AssertionError("this should have failed, and was answered with " + answer);
     }
 
-    private static void expect(boolean holds, String what, Object seen) {
+    static void expect(boolean holds, String what, Object seen) {
         if (!holds) {
             throw new AssertionError("expected that " + what + ", but: " + seen);
         }
