@@ -336,12 +336,12 @@ impl Gateway {
         self.parts().memory.drop_version(key, version);
     }
 
-    /// Tells watchers of a write that the store did not take; of one that lost to a newer write that nothing is known of here, it is that one.
+    /// Tells watchers of a write that the store did not take; of one that lost to a newer write it is that one, for whoever wrote that may not
+    /// have come to tell. That L1 knows of it says nothing: a read may have put it there.
     fn note_dropped(&self, key: &Key, version: Version, why: DropReason) {
         let doubtful = match why {
-            DropReason::Superseded { standing } if self.parts().memory.version(key) >= Some(standing) => return,
             DropReason::Superseded { standing } => standing,
-            _ => version,
+            DropReason::DeadLettered => version,
         };
         self.parts().watches.note(key, doubtful, ChangeKind::Invalidate);
     }

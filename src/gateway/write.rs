@@ -384,15 +384,17 @@ impl Gateway {
         let accepted = parts.queue.accept(write, held, passage, write_delay);
         parts.flights.detach(&key);
         token.land_write(copy);
-        // Superseded at once, or drained by now: then the store may have refused it before it was in L1 to be removed.
+        parts.watches.note(&key, version, draft.kind());
+        // Superseded at once, or drained by now: then the store may have refused it before it was in L1 to be removed, and before watchers were
+        // told of it to be told otherwise.
         if parts.queue.pending_version(&key) < Some(version) {
             parts.memory.drop_version(&key, version);
+            parts.watches.note(&key, version, ChangeKind::Invalidate);
         }
         if !accepted {
             // What superseded it may have found nothing in Redis and left nothing, and then this entered the empty slot after it.
             Box::pin(self.withdraw(&key, version)).await;
         }
-        parts.watches.note(&key, version, draft.kind());
         kill_point!(WritePending);
         Ok(Done {
             answer,

@@ -281,11 +281,11 @@ impl Watches {
             prefix: prefix.to_owned(),
         };
         let below = below.map(filter).map(Box::new);
-        let mut log = self.log.write();
-        let scope = log.scope();
-        let gap = Gap { reason, below, scope };
-        let records = log.record(Recorded::Gap(gap), Instant::now());
-        self.recorded(records);
+        self.change(|log| {
+            let scope = log.scope();
+            let gap = Gap { reason, below, scope };
+            log.record(Recorded::Gap(gap), Instant::now())
+        });
     }
 
     /// From here on every message of other gateways is heard; or none may be.
@@ -300,23 +300,26 @@ impl Watches {
             below: None,
             scope,
         };
-        let records = self.log.write().rescope(scope, gap, Instant::now());
-        self.recorded(records);
+        self.change(|log| log.rescope(scope, gap, Instant::now()));
     }
 
     #[cold]
     fn record(&self, recorded: Recorded) {
-        let mut log = self.log.write();
-        let records = log.record(recorded, Instant::now());
-        self.recorded(records);
+        self.change(|log| log.record(recorded, Instant::now()));
     }
 
-    /// Under the log's lock, as whoever turns it on is.
-    fn recorded(&self, records: bool) {
+    /// Records something, and wakes who waits for it. Nothing else turns the switch off: that is done under the lock, as turning it on is, or
+    /// whoever enters in between would watch a log in which nothing is recorded.
+    fn change(&self, record: impl FnOnce(&mut Log) -> bool) {
+        let mut log = self.log.write();
+        let records = record(&mut log);
+        if !records {
+            self.switch.turn_off();
+        }
+        // Whoever is woken reads it.
+        drop(log);
         if records {
             self.grown.notify_waiters();
-        } else {
-            self.switch.turn_off();
         }
     }
 

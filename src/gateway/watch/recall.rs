@@ -163,10 +163,16 @@ impl Gateway {
     }
 }
 
-fn pending((key, PendingEntry { entry, .. }): (Key, PendingEntry)) -> Message {
+fn pending((key, PendingEntry { entry, unconfirmed }): (Key, PendingEntry)) -> Message {
+    // Something newer may stand in the store than what an earlier process had accepted.
+    let kind = if unconfirmed {
+        ChangeKind::Invalidate
+    } else {
+        ChangeKind::of(&entry)
+    };
     Message::Written {
         key,
         version: entry.version,
-        kind: ChangeKind::of(&entry),
+        kind,
     }
 }
