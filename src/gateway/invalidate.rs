@@ -94,7 +94,7 @@ impl Gateway {
     }
 
     /// Whether L1 had a copy, and whether Redis was told.
-    pub(super) async fn invalidate_key(&self, key: &Key) -> (bool, Result<(), RedisFailure>) {
+    async fn invalidate_key(&self, key: &Key) -> (bool, Result<(), RedisFailure>) {
         let told = match &self.inner.redis {
             Some(redis) => redis.invalidate(key).await.map(drop),
             None => Ok(()),

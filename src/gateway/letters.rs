@@ -2,16 +2,20 @@
 //!
 //! Owns what a retry is: the write is offered to the store as the drain would, under its own version, so that the one rule decides; then
 //! the letter goes, or notes why it was refused. Does not own the table (the store's). Invariants: a letter goes only after the store has its write, or something
-//! newer, or because somebody discards it; what a retry has stored is dropped from all caches before it is told of, for they may hold what it
-//! replaced. Cancellation: dropped at any await, the letter at hand may be stored and still be there, and the next retry finds that out.
+//! newer, or because somebody discards it; what is older than what a retry has stored, or may have, is dropped from all caches before it is
+//! told of, and what is newer stays there. Cancellation: the retry of one letter runs to its end in a task of its own, each of its calls
+//! bounded by the store's timeout, and no other begins. A process that ends in between may leave a letter that is stored and still there, with
+//! caches that do not know: the next retry finds that out, and tells them.
+//!
+//! A discard does not wait for a retry: the letter that a retry has at hand may be stored although it was discarded. The retry says so.
 
 use tokio::sync::mpsc;
 
-use super::Gateway;
+use super::{Gateway, died};
 pub use crate::store::letters::KeptLetter;
 use crate::{
     error::{Error, ErrorKind},
-    model::{Key, Version},
+    model::{ChangeKind, Key, Version},
     store::{Committed, DeadLetter, LOAD_BYTES_MAX, Session, StoreError, StoreErrorKind, letters::LetterRange},
 };
 
@@ -112,7 +116,8 @@ impl Gateway {
             Chosen::Ids(ids) => {
                 let mut session = self.session()?;
                 for id in ids {
-                    let retried = self.retry_letter(&mut session, id).await?;
+                    let retried;
+                    (session, retried) = self.retry_to_its_end(session, id).await?;
                     if told.send(retried).await.is_err() {
                         return Ok(());
                     }
@@ -123,7 +128,8 @@ impl Gateway {
                 walk.up_to = id.min(walk.last().await?);
                 while let Some(page) = walk.page().await? {
                     for letter in page {
-                        let retried = self.retry_letter(&mut walk.session, letter.id).await?;
+                        let retried;
+                        (walk.session, retried) = self.retry_to_its_end(walk.session, letter.id).await?;
                         if told.send(retried).await.is_err() {
                             return Ok(());
                         }
@@ -155,6 +161,16 @@ impl Gateway {
         Ok(discarded)
     }
 
+    /// Offers one letter to the store again, and tells the caches, whether anybody waits or not.
+    async fn retry_to_its_end(&self, mut session: Session, id: i64) -> Result<(Session, Retried), Error> {
+        let gateway = self.clone();
+        let retrying = self.inner.tasks.spawn(async move {
+            let retried = gateway.retry_letter(&mut session, id).await;
+            retried.map(|retried| (session, retried))
+        });
+        retrying.await.map_err(|error| died(error).unknown())?
+    }
+
     /// Offers one letter to the store again.
     async fn retry_letter(&self, session: &mut Session, id: i64) -> Result<Retried, Error> {
         let one = LetterRange {
@@ -178,14 +194,29 @@ impl Gateway {
                     .refused(session, letter, error.code.as_deref(), &error.message)
                     .await;
             }
-            Err(error) => return Err(undone(error)),
+            Err(error) => {
+                if error.kind == StoreErrorKind::Unknown {
+                    // The store may have it, or yet take it: what is older must not go on answering, and may come back until that is known.
+                    self.drop_older(&letter.key, letter.version, ChangeKind::Invalidate)
+                        .await;
+                    self.remember(&letter.key, letter.version);
+                }
+                return Err(undone(error));
+            }
         };
         let standing = match committed {
             Committed::Applied => {
-                self.drop_copies(&letter.key, letter.version).await;
+                self.parts().queue.overtake(&letter.key, letter.version);
+                self.drop_older(&letter.key, letter.version, ChangeKind::of(&write.entry))
+                    .await;
                 None
             }
-            Committed::Superseded { standing } => Some(standing),
+            Committed::Superseded { standing } => {
+                // Or an earlier retry has stored it, and did not come to tell.
+                self.parts().queue.overtake(&letter.key, standing);
+                self.drop_older(&letter.key, standing, ChangeKind::Invalidate).await;
+                Some(standing)
+            }
             // What a delete asks for is so already.
             Committed::BelowHorizon { .. } if write.entry.value.is_none() => None,
             Committed::BelowHorizon { horizon } => {
@@ -197,7 +228,13 @@ impl Gateway {
                 return self.refused(session, letter, None, reason).await;
             }
         };
-        session.drop_letters(&[id]).await.map_err(undone)?;
+        if session.drop_letters(&[id]).await.map_err(undone)? == 0 {
+            tracing::warn!(
+                id,
+                stored = committed == Committed::Applied,
+                "a dead letter was discarded, or retried, by another while it was retried"
+            );
+        }
         Ok(if committed == Committed::Applied {
             Retried::Stored(letter)
         } else {
@@ -224,13 +261,20 @@ impl Gateway {
         Ok(Retried::Refused(letter))
     }
 
-    /// The store has come to hold a version long after it was acknowledged: what the caches have of the key may be older.
-    async fn drop_copies(&self, key: &Key, version: Version) {
-        self.parts().queue.overtake(key, version);
-        let (_, told) = self.invalidate_key(key).await;
-        if told.is_err() {
-            self.remember(key, version);
+    /// The store holds a version, or may, long after it was acknowledged: what the caches have of the key may be older, and goes. What is newer
+    /// stays: it may be another gateway's pending write, which stands in Redis alone. From the slower tier to the faster, as a write lands.
+    async fn drop_older(&self, key: &Key, version: Version, kind: ChangeKind) {
+        let parts = self.parts();
+        parts.clock.observe(version);
+        if let Some(redis) = &self.inner.redis {
+            match redis.purge(key, version).await {
+                Ok(()) => self.told(key, version),
+                Err(_) => self.remember(key, version),
+            }
         }
+        parts.flights.detach(key);
+        parts.memory.invalidate(key, version);
+        parts.watches.note(key, version, kind);
     }
 }
 

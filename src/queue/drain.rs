@@ -456,6 +456,7 @@ impl Worker {
         match self.session.bury(&letter).await {
             Ok(()) => {
                 self.burials.succeeded();
+                self.shard().board.succeeded();
                 self.metrics.dead_letters.inc();
                 // Before anybody is told who waits for it.
                 self.shared.dead_lettered.fetch_add(1, Ordering::Relaxed);

@@ -3,6 +3,8 @@
 //! Owns what these print, and when a list or a retry is whole. Values are printed by `export` alone, which is what it is for. Invariant: nothing is
 //! discarded that was not named, or seen: `--up-to` takes the last id of a list.
 
+use std::collections::BTreeSet;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
@@ -101,10 +103,25 @@ pub(super) struct Export {
 pub(super) async fn run(console: &mut Console, command: &Command) -> Result<Exit, Ended> {
     match command {
         Command::List(options) => list(console, options).await,
-        Command::Retry(options) => retry(console, options).await,
+        Command::Retry(options) => {
+            let untold = "nobody reads the outcomes any more: whatever was not told of may have been tried, or not";
+            partly_if_unread(retry(console, options).await, untold)
+        }
         Command::Discard(options) => discard(console, options).await,
-        Command::Export(options) => export(console, options).await,
+        Command::Export(options) => {
+            let untold = "nobody reads the letters any more: there may be others";
+            partly_if_unread(export(console, options).await, untold)
+        }
     }
+}
+
+/// What tells of many letters and loses its reader on the way has not told of them all.
+fn partly_if_unread(ended: Result<Exit, Ended>, untold: &str) -> Result<Exit, Ended> {
+    if matches!(ended, Err(Ended::Unread)) {
+        say(untold);
+        return Ok(Exit::Partly);
+    }
+    ended
 }
 
 async fn list(console: &mut Console, options: &List) -> Result<Exit, Ended> {
@@ -304,8 +321,17 @@ async fn discard(console: &mut Console, options: &Discard) -> Result<Exit, Ended
         || json!({"discarded": answer.discarded}),
         || format!("{} dead letters discarded\n", answer.discarded),
     )?;
-    let nothing = answer.discarded == 0 && options.up_to.is_none();
-    Ok(if nothing { Exit::NotFound } else { Exit::Done })
+    // Of those up to an id none is missing.
+    let named: BTreeSet<i64> = options.ids.iter().copied().collect();
+    let exit = match (answer.discarded, named.len() as u64) {
+        (0, 1..) => Exit::NotFound,
+        (discarded, named) if discarded < named => {
+            say(&format!("{} of them are not there", named - discarded));
+            Exit::Partly
+        }
+        _ => Exit::Done,
+    };
+    Ok(exit)
 }
 
 async fn export(console: &mut Console, options: &Export) -> Result<Exit, Ended> {

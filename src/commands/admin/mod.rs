@@ -2,7 +2,8 @@
 //!
 //! Owns the arguments that all of these commands have, which gateway is asked, and which exit code a failure has. What each prints is in a
 //! file of its own: [`stats`], `settings`, `drain`, `letters`, `caches`. Does not own what is told (`proto/tidegate/v1/admin.proto` says that).
-//! Invariants: with `--json` each thing that is told is one line with one JSON object; a reader that has gone ends a command, and is no error.
+//! Invariants: with `--json` each thing that is told is one line with one JSON object; a reader that has gone ends a command
+//! quietly, and is no error of what changes nothing or was done by then; any other failure to write is told, and is no success.
 
 mod caches;
 mod drain;
@@ -108,6 +109,8 @@ enum Ended {
     Failed(ClientError),
     /// Nobody reads what it prints any more.
     Unread,
+    /// What it prints cannot be written.
+    Unwritten(io::Error),
 }
 
 impl From<ClientError> for Ended {
@@ -134,7 +137,10 @@ fn write_out(text: &str) -> Result<(), Ended> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|_| Ended::Unread)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Ended::Unread,
+            _ => Ended::Unwritten(error),
+        })
 }
 
 /// Says something to whoever watches. Nobody is left to tell where that is closed.
@@ -165,6 +171,10 @@ pub fn run(arguments: &Arguments) -> Exit {
     match runtime.block_on(ask(address, arguments)) {
         Ok(exit) => exit,
         Err(Ended::Unread) => Exit::Done,
+        Err(Ended::Unwritten(error)) => {
+            say(&format!("cannot write to standard output: {error}"));
+            Exit::Failed
+        }
         Err(Ended::Failed(error)) => {
             let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
             say(&format!("{error}{cause}"));

@@ -32,6 +32,10 @@ use crate::rpc::{
 /// How long the gateway may take to accept a connection.
 const CONNECT_WAIT: Duration = Duration::from_secs(3);
 
+/// How often a gateway with a call under way is asked whether it is there, and how long it may take to say so.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_WAIT: Duration = Duration::from_secs(20);
+
 /// How much longer than its deadline a call is waited for: the gateway has the last word on what came of it.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 
@@ -116,15 +120,17 @@ macro_rules! call {
     };
 }
 
-/// One call with many answers, which takes as long as it takes.
+/// One call with many answers, which takes as long as it takes once it has begun: then a gateway that hangs is found out by the connection.
 macro_rules! stream {
     ($(#[$doc:meta])* $name:ident, $request:ty, $response:ty) => {
         $(#[$doc])*
         ///
         /// # Errors
-        /// [`ClientError::Failed`].
+        /// [`ClientError::Failed`], [`ClientError::Late`].
         pub async fn $name(&mut self, request: $request) -> Result<Answers<$response>, ClientError> {
-            let answers = self.stub.$name(request).await.map_err(ClientError::Failed)?;
+            let wait = self.wait;
+            let answers = timeout(wait + LAST_WORD_WAIT, self.stub.$name(request)).await;
+            let answers = answers.map_err(|_| ClientError::Late(wait))?.map_err(ClientError::Failed)?;
             Ok(Answers(answers.into_inner()))
         }
     };
@@ -140,7 +146,10 @@ impl Client {
         let connecting = async {
             let stream = TcpStream::connect(address).await?;
             stream.set_nodelay(true)?;
-            let builder = http2::Builder::new(SameRuntime).timer(TokioTimer::new()).clone();
+            let mut builder = http2::Builder::new(SameRuntime);
+            builder.timer(TokioTimer::new());
+            builder.keep_alive_interval(KEEP_ALIVE_INTERVAL);
+            builder.keep_alive_timeout(KEEP_ALIVE_WAIT);
             builder.handshake(TokioIo::new(stream)).await.map_err(io::Error::other)
         };
         let connected = timeout(CONNECT_WAIT, connecting).await;

@@ -45,6 +45,9 @@ const WARMINGS_MAX: usize = 4;
 /// How many retries and exports of dead letters run at a time.
 const LETTER_WALKS_MAX: usize = 2;
 
+/// How many lists and discards of dead letters have a connection to the store at a time; the others wait, until their deadlines.
+const LETTER_CALLS_MAX: usize = 4;
+
 /// How many namespaces are told of in one answer.
 const NAMESPACES_TOLD_MAX: usize = 1_000;
 
@@ -60,6 +63,7 @@ pub(super) struct AdminService {
     log: Log,
     warmings: Arc<Semaphore>,
     letter_walks: Arc<Semaphore>,
+    letter_calls: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
@@ -73,6 +77,7 @@ impl AdminService {
             log,
             warmings: Arc::new(Semaphore::new(WARMINGS_MAX)),
             letter_walks: Arc::new(Semaphore::new(LETTER_WALKS_MAX)),
+            letter_calls: Arc::new(Semaphore::new(LETTER_CALLS_MAX)),
             stop,
         }
     }
@@ -207,7 +212,10 @@ impl AdminRpc for AdminService {
         let deadline = deadline(&request);
         let page = convert::letters::list(request.get_ref()).map_err(to_status)?;
         // One more than the page has says whether there are more.
-        let listing = self.gateway.letters(page.namespace, page.after, page.size + 1);
+        let listing = async {
+            let _place = self.letter_calls.acquire().await;
+            self.gateway.letters(page.namespace, page.after, page.size + 1).await
+        };
         let message = "the deadline passed before the store told of its dead letters";
         let letters = in_time(deadline, message, listing).await?;
         Ok(Response::new(convert::letters::list_response(letters, &page)))
@@ -231,7 +239,11 @@ impl AdminRpc for AdminService {
         let deadline = deadline(&request);
         let chosen = convert::letters::discard(request.into_inner()).map_err(to_status)?;
         let message = "the deadline passed before all of them were discarded: some are, others not";
-        let discarded = in_time(deadline, message, self.gateway.discard_letters(chosen)).await?;
+        let discarding = async {
+            let _place = self.letter_calls.acquire().await;
+            self.gateway.discard_letters(chosen).await
+        };
+        let discarded = in_time(deadline, message, discarding).await?;
         Ok(Response::new(DiscardDeadLettersResponse { discarded }))
     }
 

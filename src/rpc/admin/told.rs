@@ -1,16 +1,17 @@
 //! Calls that tell one thing after another: the stream that their caller has, and the task behind it.
 //!
-//! Owns how such a call ends: with what it does, with its deadline, with the process, or with its caller. What is not taken is not piled up: one
-//! thing is under way, and one message waits. Does not own what is told.
+//! Owns how such a call ends: with what it does, with its deadline, with the process, with its caller, or because its caller reads nothing. What
+//! is not taken is not piled up: one thing is under way, and one message waits; how the call ended has a place beside it. Does not own what is told.
 
 use std::{
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, codegen::tokio_stream::Stream};
@@ -19,6 +20,9 @@ use crate::{
     error::{Error, ErrorKind},
     rpc::status::to_status,
 };
+
+/// How long a message may wait for its caller to take it: who reads nothing keeps others from what runs a few times only.
+const UNREAD_MAX: Duration = Duration::from_secs(60);
 
 /// What a caller hears. Dropping it ends the call.
 pub(super) struct Told<M>(pub(super) mpsc::Receiver<Result<M, Status>>);
@@ -46,31 +50,50 @@ where
     M: Send + 'static,
     F: Future<Output = Result<(), Error>> + Send + 'static,
 {
-    let (things, mut told) = mpsc::channel(1);
-    let (messages, stream) = mpsc::channel(1);
+    let (things, told) = mpsc::channel(1);
+    let (messages, stream) = mpsc::channel(2);
+    // Of a new channel it is had.
+    let last_word = messages.clone().try_reserve_owned().ok();
     let work = work(things);
     tokio::spawn(async move {
         let handing_on = async {
+            // Dropped with this, and then the work ends, too.
+            let mut told = told;
             while let Some(thing) = told.recv().await {
-                if messages.send(Ok(message(thing))).await.is_err() {
-                    return;
+                match timeout(UNREAD_MAX, messages.send(Ok(message(thing)))).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => break,
+                    Err(_) => return Err(unread()),
                 }
             }
+            Ok(())
         };
         let ended = tokio::select! {
-            (ended, ()) = async { tokio::join!(work, handing_on) } => ended,
+            (ended, handed_on) = async { tokio::join!(work, handing_on) } => handed_on.and(ended),
             () = messages.closed() => return,
-            () = sleep_until(bounds.deadline) => {
-                let message = "the deadline passed before the end: what was told of is done, the rest is not";
-                Err(Error::new(ErrorKind::Timeout, message))
-            }
-            () = bounds.stop.cancelled() => Err(Error::new(ErrorKind::Unavailable, "the gateway is shutting down")),
+            () = sleep_until(bounds.deadline) => Err(out_of_time()),
+            () = bounds.stop.cancelled() => Err(shutting_down()),
         };
         drop(bounds.place);
-        if let Err(error) = ended {
-            // Who does not listen any more does not miss it.
-            let _ = messages.send(Err(to_status(error))).await;
+        if let (Err(error), Some(place)) = (ended, last_word) {
+            place.send(Err(to_status(error)));
         }
     });
     Told(stream)
+}
+
+fn unread() -> Error {
+    let message = "nothing of what is told was taken for a minute: what was told of is done, what was to be told may be, the rest is not";
+    Error::new(ErrorKind::Timeout, message).unknown()
+}
+
+fn out_of_time() -> Error {
+    let message =
+        "the deadline passed before the end: what was told of is done, the one at hand may be, the rest is not";
+    Error::new(ErrorKind::Timeout, message).unknown()
+}
+
+fn shutting_down() -> Error {
+    let message = "the gateway is shutting down: what was told of is done, the one at hand may be, the rest is not";
+    Error::new(ErrorKind::Unavailable, message).unknown()
 }

@@ -242,10 +242,13 @@ pub(super) const PROBE: &str = "
     values ('tidegate.probe', 'probe-' || pg_backend_pid(), 1, '')
         on conflict (namespace, key) do update set version = excluded.version";
 
-/// A dead letter, once.
+/// A dead letter, once. One at a time in the whole database, from before an id is taken until the letter can be seen: nobody sees an id while a
+/// lower one is yet to come, so who deals with all up to one that was seen deals with none that was not. It is one statement, so that a gateway
+/// that is stopped in the middle holds up no other.
 pub(super) const BURY: &str = "
+    with locked as materialized (select pg_advisory_xact_lock(6074304837911634)::text as lock)
     insert into tidegate_dead_letters (namespace, key, version, value, expires_at, code, reason, tags)
-    values ($1, $2, $3, $4, $5, $6, $7, $8::text::text[])
+    select $1, $2, $3, $4, $5, $6, $7, $8::text::text[] from locked
         on conflict (namespace, key, version) do nothing";
 
 /// Dead letters by their ids, with their values where they are asked for. No value is read for its length.
