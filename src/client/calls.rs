@@ -2,6 +2,7 @@
 //!
 //! Owns which of them write, and gives writes their request ids. Each is safe to drop at any await: a write that was sent goes on.
 
+use futures_util::future::try_join_all;
 use tonic::transport::Channel;
 
 use super::{
@@ -113,13 +114,25 @@ impl Client {
         Pages::new(self.clone(), request)
     }
 
-    /// Waits until the store has a write, or all writes that the gateway had acknowledged. "All" is asked of one gateway alone.
+    /// Waits until the store has a write, or all writes that the gateways had acknowledged. "All", which names no write, is asked of every gateway
+    /// of this client together, and holds once each of them has answered for itself; the dead letters are those of all of them.
     ///
     /// # Errors
-    /// Every [`Error`] but those of writes; [`super::Reason::NotPersisted`], [`super::Reason::DeadLettered`].
+    /// Every [`Error`] but those of writes; [`super::Reason::NotPersisted`], [`super::Reason::DeadLettered`]. Of "all": the first of any gateway.
     pub async fn await_persisted(&self, request: AwaitPersistedRequest) -> Result<AwaitPersistedResponse, Error> {
-        let send = |mut stub: Stub, request| Box::pin(async move { stub.await_persisted(request).await }) as _;
-        self.call(Effect::Read, request, send).await
+        let send: fn(_, _) -> _ =
+            |mut stub: Stub, request| Box::pin(async move { stub.await_persisted(request).await }) as _;
+        if request != AwaitPersistedRequest::default() {
+            return self.call(Effect::Read, request, send).await;
+        }
+        let asked =
+            (0..self.channels.gateways).map(|place| self.call_at(place, Effect::ReadHere, request.clone(), send));
+        let answers = try_join_all(asked).await?;
+        let mut all = AwaitPersistedResponse::default();
+        for answer in answers {
+            all.dead_lettered = all.dead_lettered.saturating_add(answer.dead_lettered);
+        }
+        Ok(all)
     }
 
     /// Watches changes, from the request's token on. It begins with the first [`Watch::next`].
@@ -175,7 +188,7 @@ fn batch_effect(items: &[WriteItem]) -> Effect {
             has_id: has_id && has_one,
             holds_everywhere: holds_everywhere && holds_one,
         },
-        (Effect::Read, other) | (other, Effect::Read) => other,
+        (Effect::Read | Effect::ReadHere, other) | (other, Effect::Read | Effect::ReadHere) => other,
     })
 }
 

@@ -73,16 +73,22 @@ const CONNECT_WAIT: Duration = Duration::from_secs(3);
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_WAIT: Duration = Duration::from_secs(5);
 
+/// The longest time that a caller, or a gateway, can ask for: clocks cannot be reckoned with beyond all bounds.
+const DURATION_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// What a client does unless it is told otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// How long a call may take, all its tries together. Default: 5 s, as the gateway's own.
+    /// How long a call may take, all its tries together; at most a day. Default: 5 s, as the gateway's own.
     pub deadline: Duration,
     /// What is tried again.
     pub retry: Retry,
     /// Whether each write that has no request id is given one, so that it can be repeated safely. A write-through one costs the store a row, for
     /// the window in which the id holds. Default: true.
     pub request_ids: bool,
+    /// For how long the gateways remember a request id: their `requests.window`, or less. A write that may have been applied is not repeated
+    /// any later. Default: 10 min, as the gateway's own.
+    pub request_id_window: Duration,
     /// Channels to each address: each is one HTTP/2 connection, and is served by one thread of the gateway. Default: 1. A caller that keeps a
     /// core busy wants as many as the gateway has threads.
     pub channels: NonZeroU32,
@@ -96,6 +102,7 @@ impl Default for Options {
             deadline: Duration::from_secs(5),
             retry: Retry::default(),
             request_ids: true,
+            request_id_window: Duration::from_secs(600),
             channels: NonZeroU32::MIN,
             answer_bytes_max: NonZeroUsize::MIN.saturating_add(68 * 1024 * 1024 - 1),
         }
@@ -113,12 +120,19 @@ pub struct Client {
 #[derive(Debug)]
 struct Channels {
     channels: Vec<Channel>,
+    /// How many of them, from the first, reach each gateway at least once.
+    gateways: usize,
     next: AtomicUsize,
 }
 
 impl Client {
     /// A client of the gateways at these addresses, as `127.0.0.1:50051` or `http://gateway:50051`. Connects when it is first used, and again
     /// when a connection is lost. To be called on a Tokio runtime.
+    ///
+    /// Each address must be that of one gateway, and not one behind which a balancer picks one of several: a write-behind write that may have
+    /// been applied is repeated at the address that it was sent to, for another gateway does not know its request id, and would write it once
+    /// more. Behind a balancer let the writes be write-through, whose ids the store keeps, or do without [`Options::request_ids`], which
+    /// leaves the repetition to the caller.
     ///
     /// # Errors
     /// [`Error::Address`].
@@ -138,14 +152,20 @@ impl Client {
                 channels.push(endpoint(address.as_ref())?.connect_lazy());
             }
         }
-        Client::over(channels, options)
+        Client::of(channels, addresses.len(), options)
     }
 
-    /// A client over channels that the caller has made: with TLS, with an interceptor's connector, to a socket.
+    /// A client over channels that the caller has made: with TLS, with an interceptor's connector, to a socket. Each must lead to one gateway, as
+    /// the addresses of [`Client::new`].
     ///
     /// # Errors
     /// [`Error::Address`] if there are none.
     pub fn over(channels: Vec<Channel>, options: Options) -> Result<Client, Error> {
+        let gateways = channels.len();
+        Client::of(channels, gateways, options)
+    }
+
+    fn of(channels: Vec<Channel>, gateways: usize, options: Options) -> Result<Client, Error> {
         if channels.is_empty() {
             return Err(Error::Address {
                 address: String::new(),
@@ -154,19 +174,21 @@ impl Client {
         }
         let channels = Channels {
             channels,
+            gateways,
             next: AtomicUsize::new(0),
         };
-        Ok(Client {
+        let client = Client {
             channels: Arc::new(channels),
             options,
-        })
+        };
+        Ok(client.deadline(options.deadline))
     }
 
-    /// The same client, over the same channels, with another deadline for each call.
+    /// The same client, over the same channels, with another deadline for each call; of at most a day.
     #[must_use]
     pub fn deadline(&self, deadline: Duration) -> Client {
         let options = Options {
-            deadline,
+            deadline: deadline.min(DURATION_MAX),
             ..self.options
         };
         Client {
@@ -200,13 +222,25 @@ impl Client {
 
     /// Sends a request until there is an answer, or none is to be had.
     async fn call<Q: Clone, A>(&self, effect: Effect, request: Q, send: Sending<Q, A>) -> Result<A, Error> {
-        let deadline = Instant::now() + self.options.deadline;
+        self.call_at(self.place(), effect, request, send).await
+    }
+
+    /// The same, over that channel first.
+    async fn call_at<Q: Clone, A>(
+        &self,
+        mut place: usize,
+        effect: Effect,
+        request: Q,
+        send: Sending<Q, A>,
+    ) -> Result<A, Error> {
+        let window = self.options.request_id_window.min(DURATION_MAX);
+        let mut until = Instant::now() + self.options.deadline;
         let mut tries = Tries::new(effect, self.options.retry);
-        let mut place = self.place();
         loop {
+            let at = Instant::now();
             let mut sent = Request::new(request.clone());
-            sent.set_timeout(deadline.saturating_duration_since(Instant::now()));
-            let answer = timeout_at(deadline, send(self.stub(place), sent)).await;
+            sent.set_timeout(until.saturating_duration_since(at));
+            let answer = timeout_at(until, send(self.stub(place), sent)).await;
             let error = match answer {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(status)) => Error::of(&status, effect.is_write()),
@@ -214,8 +248,9 @@ impl Client {
                     may_be_applied: effect.is_write(),
                 },
             };
-            let (again, error) = tries.after(error)?;
-            if Instant::now() + again.delay >= deadline {
+            let (again, error) = tries.after(error, at)?;
+            until = tries.until(until, window);
+            if Instant::now() + again.delay >= until {
                 return Err(error);
             }
             sleep(again.delay).await;
@@ -230,8 +265,12 @@ impl Client {
 type Sending<Q, A> = fn(GatewayClient<Channel>, Request<Q>) -> BoxFuture<'static, Result<Response<A>, Status>>;
 
 fn endpoint(address: &str) -> Result<Endpoint, Error> {
+    // Who copies an address from elsewhere may have copied a password with it.
+    let shown = address
+        .rsplit_once('@')
+        .map_or(address.to_owned(), |(_, host)| format!("…@{host}"));
     let refused = |rule: &str| Error::Address {
-        address: address.to_owned(),
+        address: shown.clone(),
         rule: rule.to_owned(),
     };
     let url = match address.split_once("://") {
@@ -243,6 +282,9 @@ fn endpoint(address: &str) -> Result<Endpoint, Error> {
             ));
         }
     };
+    if address.contains('@') {
+        return Err(refused("no user and no password can be given"));
+    }
     let uri: http::Uri = url
         .parse()
         .map_err(|_| refused("it must be HOST:PORT or http://HOST:PORT"))?;
@@ -260,7 +302,7 @@ fn endpoint(address: &str) -> Result<Endpoint, Error> {
 }
 
 /// A request id that nobody else makes up.
-fn new_request_id() -> String {
+pub(crate) fn new_request_id() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 
@@ -287,9 +329,27 @@ mod tests {
             "http://gateway:1/path",
             "a b:1",
             ":::",
+            "http://user:secret@gateway:1",
         ] {
-            assert!(endpoint(address).is_err(), "{address}");
+            let error = endpoint(address).expect_err(address).to_string();
+            assert!(!error.contains("secret"), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn no_time_is_too_long_to_reckon_with() {
+        let options = Options {
+            deadline: Duration::MAX,
+            request_id_window: Duration::MAX,
+            retry: Retry::NONE,
+            ..Options::default()
+        };
+        let client = Client::with_options(&["127.0.0.1:1"], options).expect("an address");
+        assert_eq!(client.options().deadline, DURATION_MAX);
+        assert_eq!(client.deadline(Duration::MAX).options().deadline, DURATION_MAX);
+        // Nobody listens there.
+        let error = client.put(proto::PutRequest::default()).await;
+        assert!(matches!(error, Err(Error::Unreachable { .. })), "{error:?}");
     }
 
     #[test]

@@ -5,7 +5,9 @@
 
 use std::time::Duration;
 
-use super::Error;
+use tokio::time::Instant;
+
+use super::{DURATION_MAX, Error, Failure, Reason};
 use crate::backoff::Backoff;
 
 /// How often and how eagerly a call is tried again, always within its deadline.
@@ -43,6 +45,8 @@ impl Retry {
 pub(super) enum Effect {
     /// It changes nothing.
     Read,
+    /// It changes nothing, and is about the one gateway that is asked: no other can answer in its stead.
+    ReadHere,
     /// It writes.
     Write {
         /// Whether it has a request id.
@@ -54,7 +58,7 @@ pub(super) enum Effect {
 
 impl Effect {
     pub(super) fn is_write(self) -> bool {
-        self != Effect::Read
+        matches!(self, Effect::Write { .. })
     }
 }
 
@@ -65,8 +69,8 @@ pub(super) struct Tries {
     retry: Retry,
     made: u32,
     backoff: Backoff,
-    /// Whether a try may have been applied.
-    is_unknown: bool,
+    /// When the first try that may have been applied was sent; `None` if there is none.
+    unknown_since: Option<Instant>,
 }
 
 /// Another try.
@@ -84,51 +88,77 @@ impl Tries {
             effect,
             retry,
             made: 0,
-            backoff: Backoff::new(retry.backoff_first, retry.backoff_max),
-            is_unknown: false,
+            backoff: Backoff::new(
+                retry.backoff_first.min(DURATION_MAX),
+                retry.backoff_max.min(DURATION_MAX),
+            ),
+            unknown_since: None,
         }
     }
 
-    /// After a try that failed: the next one; or what the call fails with, which says whether any of its tries may have been applied.
-    pub(super) fn after(&mut self, error: Error) -> Result<(Again, Error), Error> {
+    /// After a try that was sent at that time and failed: the next one; or what the call fails with, which says whether any of its tries may have
+    /// been applied.
+    pub(super) fn after(&mut self, error: Error, sent: Instant) -> Result<(Again, Error), Error> {
         self.made += 1;
-        let was_unknown = self.is_unknown;
-        self.is_unknown |= error.may_be_applied();
+        let was_unknown = self.unknown_since.is_some();
+        if error.may_be_applied() {
+            self.unknown_since.get_or_insert(sent);
+        }
+        let has_id = matches!(self.effect, Effect::Write { has_id: true, .. });
         let asked_delay = match &error {
-            // The answer is about this try. Where there is an id it settles the earlier ones too, for had one been applied this would be its answer.
             Error::Failed(failure) if failure.retry_delay.is_none() => {
-                let settles = matches!(self.effect, Effect::Write { has_id: true, .. });
-                return Err(if was_unknown && !settles {
+                return Err(if was_unknown && !(has_id && settles(failure)) {
                     error.after_unknown()
                 } else {
                     error
                 });
             }
-            Error::Failed(failure) => failure.retry_delay.unwrap_or_default(),
+            Error::Failed(failure) => failure.retry_delay.unwrap_or_default().min(DURATION_MAX),
             Error::Unreachable { .. } => Duration::ZERO,
             Error::Address { .. } | Error::TimedOut { .. } => return Err(self.last(error)),
         };
-        let has_id = matches!(self.effect, Effect::Write { has_id: true, .. });
-        if self.made >= self.retry.tries_max || (self.is_unknown && !has_id) {
+        let is_unknown = self.unknown_since.is_some();
+        if self.made >= self.retry.tries_max || (is_unknown && !has_id) {
             return Err(self.last(error));
         }
-        let holds_everywhere = match self.effect {
+        let may_move = match self.effect {
             Effect::Read => true,
-            Effect::Write { holds_everywhere, .. } => holds_everywhere,
+            Effect::ReadHere => false,
+            Effect::Write { holds_everywhere, .. } => holds_everywhere || !is_unknown,
         };
         // Not sooner than asked for, and not at the same moment as all others who were told the same.
         let asked_delay = asked_delay.mul_f64(rand::random_range(1.0..=1.25));
         let again = Again {
             delay: self.backoff.delay().max(asked_delay),
-            elsewhere: holds_everywhere || !self.is_unknown,
+            elsewhere: may_move,
         };
         Ok((again, self.last(error)))
     }
 
+    /// Until when it may be tried again, of a call with that deadline, if ids hold for that window: once an id may be forgotten, a repeat of a
+    /// write that was applied would be another write.
+    pub(super) fn until(&self, deadline: Instant, window: Duration) -> Instant {
+        let forgotten = self.unknown_since.map(|since| since + window);
+        forgotten.map_or(deadline, |forgotten| forgotten.min(deadline))
+    }
+
     /// What the call fails with if this is its last try.
     pub(super) fn last(&self, error: Error) -> Error {
-        if self.is_unknown { error.after_unknown() } else { error }
+        if self.unknown_since.is_some() {
+            error.after_unknown()
+        } else {
+            error
+        }
     }
+}
+
+/// Whether what a gateway says of a try under an id is also true of the earlier ones: it knows the id, or the record, and had one of them been
+/// applied this would be its answer. Any other refusal may come before either is looked at, as of a gateway that was configured anew meanwhile.
+fn settles(failure: &Failure) -> bool {
+    matches!(
+        failure.reason,
+        Reason::Conflict | Reason::Absent | Reason::NotACounter | Reason::OutOfRange | Reason::Rejected
+    )
 }
 
 #[cfg(test)]
@@ -166,7 +196,7 @@ mod tests {
 
     fn one(effect: Effect, error: Error) -> Option<Again> {
         let mut tries = Tries::new(effect, Retry::default());
-        tries.after(error).ok().map(|(again, _)| again)
+        tries.after(error, Instant::now()).ok().map(|(again, _)| again)
     }
 
     #[test]
@@ -213,8 +243,14 @@ mod tests {
 
         // Once unknown, it stays where it was, whatever the later tries say.
         let mut tries = Tries::new(NAMED, Retry::default());
-        assert!(!tries.after(lost(true)).expect("it has an id").0.elsewhere);
-        let (again, error) = tries.after(lost(false)).expect("it has an id");
+        assert!(
+            !tries
+                .after(lost(true), Instant::now())
+                .expect("it has an id")
+                .0
+                .elsewhere
+        );
+        let (again, error) = tries.after(lost(false), Instant::now()).expect("it has an id");
         assert!(!again.elsewhere && error.may_be_applied());
     }
 
@@ -222,10 +258,58 @@ mod tests {
     fn a_definite_answer_settles_the_earlier_tries_of_an_id_alone() {
         let conflict = || told(Told::new(ErrorKind::Conflict, "why"));
         let mut tries = Tries::new(DECIDED, Retry::default());
-        tries.after(lost(true)).expect("it has an id");
-        let error = tries.after(conflict()).expect_err("it would fail again");
+        tries.after(lost(true), Instant::now()).expect("it has an id");
+        let error = tries
+            .after(conflict(), Instant::now())
+            .expect_err("it would fail again");
         assert!(!error.may_be_applied());
         assert_eq!(error.failure(), conflict().failure());
+        // What may be said without a look at the id settles nothing.
+        for kind in [
+            ErrorKind::Invalid,
+            ErrorKind::TooLarge,
+            ErrorKind::Timeout,
+            ErrorKind::Internal,
+        ] {
+            let mut tries = Tries::new(DECIDED, Retry::default());
+            tries.after(lost(true), Instant::now()).expect("it has an id");
+            let error = tries
+                .after(told(Told::new(kind, "why")), Instant::now())
+                .expect_err("it would fail again");
+            assert!(error.may_be_applied(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_repeated_once_its_id_may_be_forgotten() {
+        let (sent, window) = (Instant::now(), Duration::from_secs(600));
+        let deadline = sent + window * 2;
+        let mut tries = Tries::new(DECIDED, Retry::default());
+        tries.after(lost(false), sent).expect("nothing was sent");
+        assert_eq!(tries.until(deadline, window), deadline);
+        let later = sent + Duration::from_secs(5);
+        tries.after(lost(true), later).expect("it has an id");
+        tries.after(lost(true), later + window / 2).expect("it has an id");
+        assert_eq!(tries.until(deadline, window), later + window);
+    }
+
+    #[test]
+    fn what_is_about_one_gateway_is_asked_of_no_other() {
+        assert!(!one(Effect::ReadHere, lost(false)).expect("worth it").elsewhere);
+        assert!(one(READ, lost(false)).expect("worth it").elsewhere);
+    }
+
+    #[test]
+    fn no_delay_is_too_long_to_reckon_with() {
+        let asked = told(Told::new(ErrorKind::Overloaded, "full").retry_after(Duration::from_secs(u64::MAX / 2)));
+        assert!(one(READ, asked).expect("worth it").delay <= DURATION_MAX * 2);
+        let endless = Retry {
+            backoff_first: Duration::MAX,
+            backoff_max: Duration::MAX,
+            ..Retry::default()
+        };
+        let mut tries = Tries::new(READ, endless);
+        assert!(tries.after(lost(false), Instant::now()).is_ok());
     }
 
     #[test]
@@ -237,8 +321,12 @@ mod tests {
                 ..Retry::default()
             },
         );
-        assert!(tries.after(lost(false)).is_ok() && tries.after(lost(false)).is_ok());
-        assert!(tries.after(lost(false)).is_err());
-        assert!(Tries::new(READ, Retry::NONE).after(lost(false)).is_err());
+        assert!(tries.after(lost(false), Instant::now()).is_ok() && tries.after(lost(false), Instant::now()).is_ok());
+        assert!(tries.after(lost(false), Instant::now()).is_err());
+        assert!(
+            Tries::new(READ, Retry::NONE)
+                .after(lost(false), Instant::now())
+                .is_err()
+        );
     }
 }

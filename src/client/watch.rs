@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::{Request, Streaming};
 
 use super::{
@@ -49,6 +49,7 @@ impl Watch {
     /// Every [`Error`] but those of writes. May be called again after one, and goes on then.
     pub async fn next(&mut self) -> Result<WatchResponse, Error> {
         loop {
+            let sent = Instant::now();
             let error = match self.message().await {
                 Ok(message) => {
                     self.failures = 0;
@@ -60,7 +61,7 @@ impl Watch {
             };
             self.stream = None;
             self.failures += 1;
-            let tried = self.tries.after(error).inspect_err(|_| {
+            let tried = self.tries.after(error, sent).inspect_err(|_| {
                 self.tries = Tries::new(Effect::Read, self.client.options.retry);
             });
             let (again, _) = tried?;

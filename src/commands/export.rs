@@ -4,7 +4,7 @@
 //! into with a state file, what the state says is there is there, synced; whatever lies behind that is cut off when the export goes on.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     time::Duration,
@@ -60,6 +60,8 @@ pub struct Export {
 struct State {
     /// Which namespace and which keys, for a state goes with no other.
     export_of: (String, String),
+    /// Into which file, by its whole path, for what lies behind the state is cut off, and must be of no other. What is no ASCII is escaped.
+    output: String,
     /// Where the next page begins.
     page_token: String,
     records: u64,
@@ -84,6 +86,7 @@ impl Export {
         let goes_on = earlier.is_some();
         let mut state = earlier.unwrap_or_else(|| State {
             export_of: (self.namespace.clone(), self.prefix.clone()),
+            output: String::new(),
             page_token: String::new(),
             records: 0,
             bytes: 0,
@@ -93,6 +96,9 @@ impl Export {
             let (namespace, prefix) = &state.export_of;
             let message = format!("the state file is of another export: namespace {namespace}, prefix {prefix:?}");
             return Err(Ended::new(Exit::Data, message));
+        }
+        if let Some(path) = self.output.as_deref().filter(|_| goes_on) {
+            check_output(path, &state)?;
         }
         if state.is_complete {
             say(&format!(
@@ -111,6 +117,9 @@ impl Export {
         });
         let mut output = Output::open(self.output.as_deref(), goes_on.then_some(state.bytes))?;
         if let Some(file) = &mut file {
+            if let Some(path) = &self.output {
+                state.output = whole_path(path)?;
+            }
             file.save(&state)?;
         }
         let ended = tokio::select! {
@@ -173,6 +182,39 @@ impl Export {
     }
 }
 
+/// Refuses a file that is not the one that the state is about, before anything is cut off or said to be complete.
+fn check_output(path: &Path, state: &State) -> Result<(), Ended> {
+    let what = path.display();
+    let refused = |why: String| Err(Ended::new(Exit::Data, why));
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return refused(format!(
+                "{what} is gone, and the state file goes on with it: remove that to begin anew"
+            ));
+        }
+        Err(error) => return Err(Ended::of_file(&what.to_string(), &error)),
+    };
+    if whole_path(path)? != state.output {
+        return refused(format!(
+            "the state file is of an export into {}: name that, or another state file",
+            state.output
+        ));
+    }
+    let (length, kept) = (metadata.len(), state.bytes);
+    if length < kept || (state.is_complete && length != kept) {
+        return refused(format!(
+            "{what} has {length} bytes, and the state file says {kept}: it is not what was exported"
+        ));
+    }
+    Ok(())
+}
+
+fn whole_path(path: &Path) -> Result<String, Ended> {
+    let whole = fs::canonicalize(path).map_err(|error| Ended::of_file(&path.display().to_string(), &error))?;
+    Ok(whole.as_os_str().as_encoded_bytes().escape_ascii().to_string())
+}
+
 fn lines(records: &[ScanRecord]) -> Vec<u8> {
     records
         .iter()
@@ -182,7 +224,7 @@ fn lines(records: &[ScanRecord]) -> Vec<u8> {
 }
 
 impl Output {
-    /// `kept`: the length of what an earlier run has written, and is to be gone on with.
+    /// `kept`: the length of what an earlier run has written, and is to be gone on with; it was checked that the file has that.
     fn open(path: Option<&Path>, kept: Option<u64>) -> Result<Output, Ended> {
         let Some(path) = path else {
             return Ok(Output::Standard);
@@ -200,12 +242,6 @@ impl Output {
             _ => Ended::of_file(&what, &error),
         })?;
         if let Some(kept) = kept {
-            let length = file.metadata().map_err(|error| Ended::of_file(&what, &error))?.len();
-            if length < kept {
-                let message =
-                    format!("{what} has {length} bytes, and the state file says {kept}: it is not what was exported");
-                return Err(Ended::new(Exit::Data, message));
-            }
             let cut = file.set_len(kept).and_then(|()| file.seek(SeekFrom::Start(kept)));
             cut.map_err(|error| Ended::of_file(&what, &error))?;
         }

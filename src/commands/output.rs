@@ -14,6 +14,14 @@ pub(super) fn print(bytes: &[u8]) -> Result<(), Ended> {
         .map_err(|error| of_output(&error))
 }
 
+/// Writes what a command ends with: a reader that has gone changes nothing of how it ended.
+pub(super) fn print_last(bytes: &[u8], exit: Exit) -> Result<Exit, Ended> {
+    match print(bytes) {
+        Err(ended) if ended.message.is_some() => Err(ended),
+        Ok(()) | Err(_) => Ok(exit),
+    }
+}
+
 /// What a failure to write the output means.
 pub(super) fn of_output(error: &io::Error) -> Ended {
     if error.kind() == io::ErrorKind::BrokenPipe {

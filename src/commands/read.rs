@@ -12,7 +12,7 @@ use crate::{
     client::proto::{GetRequest, GetResponse, ReadConsistency, ScanRecord, ScanRequest},
     commands::{
         exit::Exit,
-        output::{print, say},
+        output::{print, print_last, say},
         record::{Value, Written, json_line},
         records::{Ended, namespace},
         table::{Table, printable},
@@ -100,8 +100,14 @@ impl Get {
         };
         let answer = self.target.client(DEADLINE)?.get(request).await?;
         if self.json {
-            print(&json_line(&self.shown(&answer)))?;
-        } else if let Some(entry) = &answer.entry {
+            let exit = if answer.entry.is_some() {
+                Exit::Done
+            } else {
+                Exit::NotFound
+            };
+            return print_last(&json_line(&self.shown(&answer)), exit);
+        }
+        if let Some(entry) = &answer.entry {
             // To a file or a program go the bytes as they are.
             let mut bytes = entry.value.to_vec();
             if io::stdout().is_terminal() && !bytes.ends_with(b"\n") {
@@ -109,13 +115,11 @@ impl Get {
             }
             print(&bytes)?;
         }
-        if self.verbose && !self.json {
+        if self.verbose {
             say(about(&self.shown(&answer)).trim_end());
         }
         if answer.entry.is_none() {
-            if !self.json {
-                say(&format!("tidegate: there is no record {:?}", self.key));
-            }
+            say(&format!("tidegate: there is no record {:?}", self.key));
             return Ok(Exit::NotFound);
         }
         Ok(Exit::Done)

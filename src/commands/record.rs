@@ -155,7 +155,7 @@ impl Read {
                 (Some(text), None) => Bytes::from(text),
                 (None, Some(text)) => {
                     let decoded = STANDARD.decode(text);
-                    Bytes::from(decoded.map_err(|error| format!("value_base64 is no base64: {error}"))?)
+                    Bytes::from(decoded.map_err(|_| "value_base64 is no base64".to_owned())?)
                 }
                 (None, None) => return Err("there is no value: either value or value_base64 must be there".to_owned()),
                 (Some(_), Some(_)) => return Err("there are two values: value and value_base64".to_owned()),
@@ -174,14 +174,25 @@ impl Read {
     }
 }
 
-/// What serde says without the place in "line 1", which is another line than the file's.
+/// What serde says without the place in "line 1", which is another line than the file's, and without what it quotes of the line: that may be a
+/// value, and as long as one.
 fn unreadable(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
-    match text.strip_suffix(&place) {
-        Some(reason) => format!("{reason}, at column {}", error.column()),
-        None => text,
-    }
+    let said = text.strip_suffix(&place).unwrap_or(&text);
+    let reason = if !error.is_data() || said.starts_with("missing field") || said.starts_with("duplicate field") {
+        said.to_owned()
+    } else if let Some((found, expected)) = said.rsplit_once(", expected ") {
+        let what = if found.starts_with("unknown field") {
+            "unknown field"
+        } else {
+            "something else"
+        };
+        format!("{what}, expected {expected}")
+    } else {
+        "a field has not the form that it must have".to_owned()
+    };
+    format!("{reason}, at column {}", error.column())
 }
 
 fn lifetime(ttl: Option<Ttl>, expire_time: Option<&str>) -> Result<Lifetime, String> {
@@ -190,7 +201,7 @@ fn lifetime(ttl: Option<Ttl>, expire_time: Option<&str>) -> Result<Lifetime, Str
         (Some(_), Some(_)) => return Err("there are two lifetimes: ttl and expire_time".to_owned()),
         (Some(Ttl::Text(text)), None) => {
             let duration = humantime::parse_duration(&text);
-            Lifetime::For(duration.map_err(|error| format!("ttl is no duration as \"10m\": {error}"))?)
+            Lifetime::For(duration.map_err(|_| "ttl is no duration as \"10m\"".to_owned())?)
         }
         (Some(Ttl::Seconds(seconds)), None) => {
             let duration = Duration::try_from_secs_f64(seconds);
@@ -285,7 +296,7 @@ mod tests {
             (
                 "{\"key\":\"k\",\"value\":\"a\",\"vaule\":\"b\"}",
                 None,
-                "unknown field `vaule`",
+                "unknown field, expected one of `key`",
             ),
             ("{\"key\":\"k\",\"value\":\"a\"} x", None, "at column"),
         ] {
@@ -293,6 +304,15 @@ mod tests {
             assert_eq!(error.key.as_deref(), key, "{line}");
             assert!(error.reason.contains(part), "{line}: {}", error.reason);
             assert!(!error.reason.contains("line 1"), "{}", error.reason);
+        }
+        for line in [
+            "{\"key\":\"k\",\"value\":\"a\",\"tags\":\"secret\"}",
+            "{\"key\":\"k\",\"value\":\"a\",\"ttl\":\"1secret\"}",
+            "{\"key\":\"k\",\"value\":\"a\",\"secret\":1}",
+            "\"secret\"",
+        ] {
+            let error = read(line).expect_err(line);
+            assert!(!error.reason.contains("secret"), "{}", error.reason);
         }
     }
 }

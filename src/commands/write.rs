@@ -12,7 +12,10 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::{
-    client::proto::{Condition, DeleteRequest, Durability, Existence, IncrementRequest, PutRequest, WriteMode},
+    client::{
+        Error, new_request_id,
+        proto::{Condition, DeleteRequest, Durability, Existence, IncrementRequest, PutRequest, WriteMode},
+    },
     commands::{
         exit::Exit,
         output::print,
@@ -99,6 +102,26 @@ impl Writing {
     }
 }
 
+/// The id of a write: the one that was given, or a new one, made up here so that it can be told.
+fn named(given: &str) -> String {
+    if given.is_empty() {
+        new_request_id()
+    } else {
+        given.to_owned()
+    }
+}
+
+/// What a write that failed ends with: where it may have been applied, with the id under which it can be repeated.
+fn ended(error: Error, request_id: &str) -> Ended {
+    let may_be_applied = error.may_be_applied();
+    let mut ended = Ended::from(error);
+    if let Some(message) = ended.message.as_mut().filter(|_| may_be_applied) {
+        message.push_str("; to repeat it as the same write, give --request-id ");
+        message.push_str(request_id);
+    }
+    ended
+}
+
 /// The arguments of `put`.
 #[derive(Debug, Clone, Args)]
 pub struct Put {
@@ -133,6 +156,7 @@ impl Put {
             (None, Some(path)) if path.as_os_str() != "-" => from_file(path)?,
             (None, _) => read(io::stdin().lock(), "standard input")?,
         };
+        let request_id = named(&self.writing.request_id);
         let request = PutRequest {
             namespace: self.namespace.clone(),
             key: self.key.clone(),
@@ -141,10 +165,11 @@ impl Put {
             ttl: self.ttl.map(to_proto).transpose()?,
             tags: self.tag.clone(),
             condition: self.writing.condition(self.if_absent),
-            request_id: self.writing.request_id.clone(),
+            request_id: request_id.clone(),
             await_persisted: self.writing.await_persisted,
         };
-        let answer = self.writing.target.client(DEADLINE)?.put(request).await?;
+        let answer = self.writing.target.client(DEADLINE)?.put(request).await;
+        let answer = answer.map_err(|error| ended(error, &request_id))?;
         self.writing
             .answer(answer.version, answer.durability, answer.deduplicated)
     }
@@ -181,15 +206,17 @@ pub struct Delete {
 
 impl Delete {
     pub(super) async fn run(&self) -> Result<Exit, Ended> {
+        let request_id = named(&self.writing.request_id);
         let request = DeleteRequest {
             namespace: self.namespace.clone(),
             key: self.key.clone(),
             write_mode: self.writing.write_mode(),
             condition: self.writing.condition(false),
-            request_id: self.writing.request_id.clone(),
+            request_id: request_id.clone(),
             await_persisted: self.writing.await_persisted,
         };
-        let answer = self.writing.target.client(DEADLINE)?.delete(request).await?;
+        let answer = self.writing.target.client(DEADLINE)?.delete(request).await;
+        let answer = answer.map_err(|error| ended(error, &request_id))?;
         self.writing
             .answer(answer.version, answer.durability, answer.deduplicated)
     }
@@ -221,14 +248,16 @@ pub struct Incr {
 
 impl Incr {
     pub(super) async fn run(&self) -> Result<Exit, Ended> {
+        let request_id = named(&self.request_id);
         let request = IncrementRequest {
             namespace: self.namespace.clone(),
             key: self.key.clone(),
             delta: Some(self.delta),
             ttl: self.ttl.map(to_proto).transpose()?,
-            request_id: self.request_id.clone(),
+            request_id: request_id.clone(),
         };
-        let answer = self.target.client(DEADLINE)?.increment(request).await?;
+        let answer = self.target.client(DEADLINE)?.increment(request).await;
+        let answer = answer.map_err(|error| ended(error, &request_id))?;
         let text = if self.json {
             json_line(&json!({
                 "value": answer.value,

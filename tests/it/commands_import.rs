@@ -375,6 +375,12 @@ async fn an_export_that_was_cut_off_goes_on_where_it_was() {
     commands.expect(0, &arguments).await;
     assert_eq!(fs::read_to_string(&output).unwrap(), whole);
     commands.expect(0, &arguments).await;
+    // Another file is neither cut off nor taken for complete.
+    let other = commands.path("other");
+    fs::write(&other, "something else").unwrap();
+    let elsewhere = ["export", "orders", "--output", &other, "--state", &state];
+    commands.expect(65, &elsewhere).await;
+    assert_eq!(fs::read_to_string(&other).unwrap(), "something else");
     // As if it had been killed in its second page: the state is of the end of the first, and the file goes on behind it.
     let first: String = whole.split_inclusive('\n').take(1_000).collect();
     let request = ScanRequest {
@@ -385,6 +391,7 @@ async fn an_export_that_was_cut_off_goes_on_where_it_was() {
     let page = commands.gateway.client.stub().scan(request).await.unwrap().into_inner();
     let kept = json!({
         "export_of": ["orders", ""],
+        "output": fs::canonicalize(&output).unwrap(),
         "page_token": page.next_page_token,
         "records": 1_000,
         "bytes": first.len(),

@@ -34,7 +34,7 @@ use crate::{
     },
     commands::{
         exit::Exit,
-        output::{print, say},
+        output::{print_last, say},
         progress::{Done, Progress},
         read::to_proto,
         record::{Lifetime, Malformed, Read, json_line},
@@ -121,8 +121,8 @@ impl Import {
         };
         let goes_on = earlier.is_some();
         let place = match earlier {
-            Some(kept) => Place::of(kept, &self.namespace)?,
-            None => Place::new(&self.namespace),
+            Some(kept) => Place::of(kept, &self.namespace, self.if_absent)?,
+            None => Place::new(&self.namespace, self.if_absent),
         };
         let input = Input::open(self.file.as_deref())?;
         let errors = self.errors.as_ref().map(|path| {
@@ -320,10 +320,16 @@ impl Importing<'_> {
                 self.place.done(number, |counts| counts.present += 1);
                 Ok(())
             }
-            Some(failure) if failure.reason != Reason::Timeout => {
+            // What is wrong with this line alone.
+            Some(failure)
+                if matches!(
+                    failure.reason,
+                    Reason::Invalid | Reason::TooLarge | Reason::Rejected | Reason::Absent | Reason::Conflict
+                ) =>
+            {
                 self.refused(number, Some(&key), failure.reason.name(), &failure.message)
             }
-            // It would be so with every other line.
+            // It may be so with every other line, and none of them is known to be wrong.
             Some(_) | None => {
                 self.named(number, Some(&key), "NO_OUTCOME", &error.to_string())?;
                 if self.stopped.is_none() {
@@ -332,7 +338,10 @@ impl Importing<'_> {
                         Exit::Unknown => Exit::Unavailable,
                         exit => exit,
                     };
-                    self.stopped = Some(Ended::new(exit, "stopped, for the gateway gives no answer"));
+                    self.stopped = Some(Ended::new(
+                        exit,
+                        "stopped, for the gateway gives no answer that settles it",
+                    ));
                 }
                 Ok(())
             }
@@ -386,11 +395,11 @@ impl Importing<'_> {
         } else {
             format!("{counts}\n").into_bytes()
         };
-        print(&text)?;
-        let Some(mut ended) = self.stopped else {
-            let is_whole = counts.failed == 0 && !self.place.is_half_written();
-            return Ok(if is_whole { Exit::Done } else { Exit::Partly });
-        };
+        let is_whole = counts.failed == 0 && !self.place.is_half_written();
+        let exit = if is_whole { Exit::Done } else { Exit::Partly };
+        let printed = print_last(&text, exit);
+        // Why it stopped matters more than that nobody could be told the counts.
+        let Some(mut ended) = self.stopped else { return printed };
         let how = if self.state.is_some() {
             "the same command goes on from there".to_owned()
         } else {

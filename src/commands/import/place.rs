@@ -14,12 +14,17 @@ use crate::commands::{exit::Exit, records::Ended};
 /// The hash of all lines up to one.
 type Chain = [u8; 32];
 
+/// How much of the hash is in a request id, which has room for 64 bytes.
+const ID_CHAIN_DIGITS: usize = 24;
+
 /// What is in a state file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Kept {
     /// The namespace, for a state goes with no other.
     import_into: String,
+    /// Whether only what is absent is written, for that is part of what an id names.
+    if_absent: bool,
     /// Names the import: the request ids of its writes begin so.
     run: String,
     counts: Counts,
@@ -61,9 +66,10 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub(super) fn new(namespace: &str) -> Place {
+    pub(super) fn new(namespace: &str, if_absent: bool) -> Place {
         let kept = Kept {
             import_into: namespace.to_owned(),
+            if_absent,
             run: format!("import-{:032x}", rand::random::<u128>()),
             counts: Counts::default(),
             chain: String::new(),
@@ -77,14 +83,19 @@ impl Place {
     }
 
     /// Where an earlier run stood.
-    pub(super) fn of(kept: Kept, namespace: &str) -> Result<Place, Ended> {
+    pub(super) fn of(kept: Kept, namespace: &str, if_absent: bool) -> Result<Place, Ended> {
         if kept.import_into != namespace {
             let message = format!("the state file is of an import into the namespace {}", kept.import_into);
             return Err(Ended::new(Exit::Data, message));
         }
+        if kept.if_absent != if_absent {
+            let was = if kept.if_absent { "with" } else { "without" };
+            let message = format!("the state file is of an import {was} --if-absent: go on as it began");
+            return Err(Ended::new(Exit::Data, message));
+        }
         Ok(Place {
             kept,
-            ..Place::new(namespace)
+            ..Place::new(namespace, if_absent)
         })
     }
 
@@ -96,9 +107,17 @@ impl Place {
         &self.kept.counts
     }
 
-    /// The request id of a line's write: the same in each run of this import.
+    /// The request id of the write of a line that was read: the same in each run of this import, as long as the input is the same up to that
+    /// line. One that was changed since has another, so that it is written, and not taken for what it was.
     pub(super) fn request_id(&self, number: u64) -> String {
-        format!("{}-{number}", self.kept.run)
+        let chain = self.place_of(number).and_then(|place| self.ahead.get(place));
+        let chain = hex(chain.map_or(&self.chain, |ahead| &ahead.chain));
+        format!("{}-{}", self.kept.run, &chain[..ID_CHAIN_DIGITS])
+    }
+
+    /// Where a line is in what is ahead.
+    fn place_of(&self, number: u64) -> Option<usize> {
+        usize::try_from(number.checked_sub(self.kept.counts.lines + 1)?).ok()
     }
 
     /// A line that is passed over, before [`Place::begin`].
@@ -135,8 +154,7 @@ impl Place {
     pub(super) fn done(&mut self, number: u64, count: impl FnOnce(&mut Counts)) {
         let mut outcome = Counts::default();
         count(&mut outcome);
-        let first = self.kept.counts.lines + 1;
-        let place = usize::try_from(number.saturating_sub(first)).ok();
+        let place = self.place_of(number);
         if let Some(ahead) = place.and_then(|place| self.ahead.get_mut(place)) {
             ahead.outcome = Some(outcome);
         }
@@ -202,7 +220,7 @@ mod tests {
     }
 
     fn begun(lines: &[&str]) -> Place {
-        let mut place = Place::new("orders");
+        let mut place = Place::new("orders", false);
         place.begin(0).expect("nothing to compare");
         for (number, text) in (1..).zip(lines) {
             place.read(&line(number, text));
@@ -235,17 +253,25 @@ mod tests {
         let text = serde_json::to_string(earlier.kept()).expect("it has text for keys");
         let kept: Kept = serde_json::from_str(&text).expect("it was written so");
         assert_eq!(kept, *earlier.kept());
-        assert!(Place::of(kept.clone(), "other").is_err());
+        assert!(Place::of(kept.clone(), "other", false).is_err());
+        assert!(Place::of(kept.clone(), "orders", true).is_err());
 
         for (second, is_same) in [("b", true), ("B", false)] {
-            let mut place = Place::of(kept.clone(), "orders").expect("the same namespace");
+            let mut place = Place::of(kept.clone(), "orders", false).expect("the same namespace");
             for (number, text) in [(1, "a"), (2, second)] {
                 place.passed(&line(number, text));
             }
             assert_eq!(place.begin(0).is_ok(), is_same);
             if is_same {
-                assert_eq!(place.request_id(3), earlier.request_id(3));
                 place.read(&line(3, "c"));
+                assert_eq!(place.request_id(3), earlier.request_id(3));
+                let mut changed = Place::of(kept.clone(), "orders", false).expect("the same namespace");
+                for (number, text) in [(1, "a"), (2, "b")] {
+                    changed.passed(&line(number, text));
+                }
+                changed.begin(0).expect("the same lines");
+                changed.read(&line(3, "C"));
+                assert_ne!(changed.request_id(3), earlier.request_id(3));
                 place.done(3, |counts| counts.written += 1);
                 assert_eq!(place.counts().lines, 3);
             }
@@ -254,6 +280,6 @@ mod tests {
 
     #[test]
     fn what_is_named_after_a_run_is_a_valid_request_id() {
-        assert!(Place::new("orders").request_id(u64::MAX).len() <= 64);
+        assert!(Place::new("orders", false).request_id(u64::MAX).len() <= 64);
     }
 }
