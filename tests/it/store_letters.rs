@@ -11,7 +11,10 @@ use tidegate::{
     },
 };
 
-use crate::store_contract::{Fixture, contract, key, kind, now, version, write};
+use crate::{
+    harness::{SOON, eventually, expect},
+    store_contract::{Fixture, contract, key, kind, now, version, write},
+};
 
 fn letter(write: Write) -> DeadLetter {
     DeadLetter {
@@ -141,6 +144,43 @@ async fn a_row_that_no_gateway_wrote_is_said(fixture: Fixture) {
     fixture.execute(row, row).await;
     assert_eq!(kind(connection.letters(ALL).await), StoreErrorKind::Transient);
 }
+
+/// Of PostgreSQL alone: SQLite has one writer.
+#[tokio::test]
+async fn no_letter_is_seen_while_one_with_a_lower_id_is_yet_to_come() {
+    let fixture = Fixture::postgres().await;
+    let hold = "create function hold() returns trigger language plpgsql as \
+                'begin perform pg_advisory_xact_lock_shared(1); return new; end'; \
+                create trigger hold before insert on tidegate_dead_letters \
+                for each row when (new.key = 'slow') execute function hold()";
+    fixture.database.execute(hold).await;
+    let mut holder = crate::harness::postgres::connect(fixture.database.url()).await;
+    let lock = sqlx::query("select pg_advisory_lock(1)");
+    sqlx::Executor::execute(&mut holder, lock).await.expect("it is free");
+    let burial = |name: &'static str, version| {
+        let mut connection = fixture.connection();
+        tokio::spawn(async move { bury(&mut *connection, write(name, version, Some("v"))).await })
+    };
+    let slow = burial("slow", 5);
+    // It has its id by now.
+    fixture.database.await_waiting(1).await;
+    let fast = burial("fast", 6);
+    let connection = &mut *fixture.connection();
+    eventually("the other waits, or is seen", SOON, async || {
+        let seen = !fast.is_finished() && fixture.database.texts(WAITING).await != ["2"];
+        expect(!seen, "neither")
+    })
+    .await;
+    assert_eq!(names(&letters(connection, ALL).await), [""; 0]);
+    sqlx::Connection::close(holder).await.expect("the session ends");
+    slow.await.expect("it is buried");
+    fast.await.expect("it is buried");
+    assert_eq!(names(&letters(connection, ALL).await), ["slow", "fast"]);
+}
+
+/// How many sessions wait for a lock.
+const WAITING: &str =
+    "select count(*)::text from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
 
 contract! {
     a_letter_is_kept_whole_and_told_without_its_value_unless_asked,

@@ -97,3 +97,76 @@ fn shutting_down() -> Error {
     let message = "the gateway is shutting down: what was told of is done, the one at hand may be, the rest is not";
     Error::new(ErrorKind::Unavailable, message).unknown()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, sync::Arc};
+
+    use tokio::sync::Semaphore;
+    use tonic::Code;
+    use tonic_types::StatusExt;
+
+    use super::*;
+
+    fn bounds(places: &Arc<Semaphore>, wait: Duration) -> Bounds {
+        Bounds {
+            deadline: Instant::now() + wait,
+            stop: CancellationToken::new(),
+            place: Arc::clone(places).try_acquire_owned().expect("there is one"),
+        }
+    }
+
+    async fn next(told: &mut Told<u32>) -> Option<Result<u32, Status>> {
+        poll_fn(|context| Pin::new(&mut *told).poll_next(context)).await
+    }
+
+    /// Counts, for ever or until nobody listens.
+    async fn count(things: mpsc::Sender<u32>) -> Result<(), Error> {
+        let mut number = 0;
+        while things.send(number).await.is_ok() {
+            number += 1;
+        }
+        Ok(())
+    }
+
+    fn is_unknown(status: &Status) -> bool {
+        let info = status.get_details_error_info().expect("it is ours");
+        info.metadata.get("outcome").map(String::as_str) == Some("unknown")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_who_reads_nothing_gives_its_place_back_and_is_told_why() {
+        let places = Arc::new(Semaphore::new(1));
+        let mut told = tell(bounds(&places, Duration::from_secs(24 * 3600)), |number| number, count);
+        let _place = timeout(2 * UNREAD_MAX, places.acquire())
+            .await
+            .expect("it is given back");
+        assert_eq!(next(&mut told).await.expect("the one that waited").expect("it"), 0);
+        let last = next(&mut told).await.expect("the last word").expect_err("the reason");
+        assert_eq!(last.code(), Code::DeadlineExceeded, "{last:?}");
+        assert!(is_unknown(&last), "{last:?}");
+        assert!(next(&mut told).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_what_a_deadline_or_a_shutdown_cuts_off_the_outcome_is_not_known() {
+        let places = Arc::new(Semaphore::new(1));
+        for shutdown in [false, true] {
+            let bounds = bounds(&places, Duration::from_secs(1));
+            if shutdown {
+                bounds.stop.cancel();
+            }
+            let mut told = tell(
+                bounds,
+                |number| number,
+                |things: mpsc::Sender<u32>| async move {
+                    things.closed().await;
+                    Ok(())
+                },
+            );
+            let last = next(&mut told).await.expect("the last word").expect_err("the reason");
+            assert!(is_unknown(&last), "{last:?}");
+            let _place = places.acquire().await.expect("it is given back");
+        }
+    }
+}

@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use crate::harness::{
     Database, Gateway, Mode, SOON, Setup, eventually, expect,
-    gateway::{Output, run_command},
-    process::{Directory, free_port},
+    gateway::{Output, command, run_command},
+    process::{Directory, free_port, shell},
 };
 
 async fn run_at(address: &str, arguments: &[&str]) -> Output {
@@ -173,6 +173,30 @@ async fn dead_letters_are_listed_and_exported() {
             (&"/wA=".into(), &Value::Null)
         );
     }
+    // A full disk is no success, and a reader that has gone has not been told of everything.
+    for (name, sink, code) in [
+        ("list", "/dev/full", 1),
+        ("export", "/dev/full", 1),
+        ("export", "closed", 5),
+    ] {
+        let script = match sink {
+            "closed" => {
+                "{ trap '' PIPE; while echo 2>/dev/null; do :; done; \"$1\" admin dead-letters \"$2\" --address \"$3\"; echo $? >&2; } | true"
+            }
+            _ => "\"$1\" admin dead-letters \"$2\" --address \"$3\" >/dev/full; echo $? >&2",
+        };
+        let mut shell = shell(script);
+        shell
+            .arg(command().get_program())
+            .args([name, &gateway.admin.to_string()]);
+        let ended = tokio::task::spawn_blocking(move || shell.output())
+            .await
+            .unwrap()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(said.lines().count() == 2, "it says so: {name} {sink}: {said}");
+        assert!(said.ends_with(&format!("\n{code}\n")), "{name} {sink}: {said}");
+    }
 }
 
 #[tokio::test]
@@ -210,8 +234,7 @@ async fn dead_letters_are_retried_and_discarded() {
 
     let discarded = text(&gateway, &["dead-letters", "discard", "--up-to", &ids[0]]).await;
     assert_eq!(discarded, "0 dead letters discarded\n");
-    let discarded = json(&gateway, &["dead-letters", "discard", &ids[1]]).await;
-    assert_eq!(discarded[0]["discarded"], 1);
+    fails(&gateway, &["dead-letters", "discard", &ids[1], &ids[0]], 5, "1 of them").await;
     fails(&gateway, &["dead-letters", "discard", &ids[1]], 3, "").await;
     fails(&gateway, &["dead-letters", "discard"], 64, "ID").await;
     fails(&gateway, &["dead-letters", "retry"], 64, "ID").await;

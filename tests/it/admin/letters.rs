@@ -1,7 +1,7 @@
 //! Proves that dead letters can be looked at, tried again, thrown away and taken out, and that the one rule holds for them.
 
 use tidegate::rpc::proto::{
-    DeadLetter, DiscardDeadLettersRequest, ExportDeadLettersRequest, ListDeadLettersRequest, PutRequest,
+    DeadLetter, DiscardDeadLettersRequest, ExportDeadLettersRequest, ListDeadLettersRequest, PauseRequest, PutRequest,
     ReadConsistency, RetryDeadLettersRequest, RetryDeadLettersResponse, RetryOutcome,
 };
 use tonic::{Code, Status};
@@ -302,4 +302,28 @@ async fn bad_requests_and_a_store_that_is_away_are_answered_clearly() {
     let request = ListDeadLettersRequest::default();
     let failed = gateway.admin().await.list_dead_letters(request).await;
     assert_come_back(&failed.expect_err("it is away"), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn a_retry_leaves_a_newer_write_that_is_pending_elsewhere() {
+    let (database, redis) = (Database::postgres().await, redis::start().await);
+    let setup = Setup::new().store(database.url()).redis(&redis.url());
+    let [gateway, other] = [setup.clone().start().await, setup.start().await];
+    database.execute(REFUSE).await;
+    bury(&gateway, &database, 1).await;
+    let pause = PauseRequest {
+        namespace: "orders".to_owned(),
+        unused: true,
+    };
+    other.admin().await.pause(pause).await.expect("it is paused");
+    other.client.put("0", b"newer", Mode::Behind).await.expect("accepted");
+    database.execute(ALLOW).await;
+    let told = retry(&gateway, all()).await.expect("it is tried");
+    assert_eq!(outcomes(&told), [("0".to_owned(), RetryOutcome::Stored)]);
+    // What was acknowledged is in Redis and in the other's memory, and not in the store.
+    assert_eq!(database.value("orders", "0").await.as_deref(), Some(POISON));
+    for consistency in [ReadConsistency::Cached, ReadConsistency::Shared] {
+        let value = gateway.client.value("0", consistency).await;
+        assert_eq!(value.as_deref(), Some(&b"newer"[..]), "{consistency:?}");
+    }
 }
