@@ -199,10 +199,15 @@ impl Gateway {
             requests: Vec::new(),
         };
         let grace = self.grace(key).max(KEPT_MIN);
+        let recalls = parts.watches.recalls_heard();
         let published = redis.publish(&write, &copy, hold, grace).await?;
         // Under another epoch it would have to be published once more.
         if published == Published::Stands(version) && under == parts.sharing.epochs.adopted() {
             parts.queue.note_published(key, version);
+            // Somebody may have begun to listen after it was told, and is to be told at its drain.
+            if recalls != parts.watches.recalls_heard() {
+                parts.queue.note_lost_key(key);
+            }
         }
         Ok(Republished::Done)
     }

@@ -28,7 +28,7 @@ use crate::{
         content_bytes,
     },
     namespace::{QueueFull, WriteMode},
-    queue::{Admission, Claim},
+    queue::{Admission, Claim, Held},
     store::{Committed, operation::Change},
 };
 
@@ -336,6 +336,7 @@ impl Gateway {
         let mut copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         let under = parts.sharing.epochs.adopted();
         let (mut late, mut stands) = (false, self.inner.redis.is_none());
+        let recalls = parts.watches.recalls_heard();
         while let Some(published) = self.publish(&write, &copy, Hold::Fresh).await {
             let standing = match published {
                 Published::Nothing => break,
@@ -370,11 +371,7 @@ impl Gateway {
             copy = self.copy_of(&write.key, Some(write.entry.clone()), parts.clock.now());
         }
         kill_point!(WritePublished);
-        let durability = if held.is_journaled() {
-            Durability::Journal
-        } else {
-            Durability::Memory
-        };
+        let durability = rests_on(&held);
         let (key, answer, version) = (write.key.clone(), answer_of(&write.entry), write.entry.version);
         // Under an epoch that may be over it may have been published where nobody looks.
         let known = under == parts.sharing.epochs.adopted() && parts.sharing.is_known(parts.clock.now());
@@ -394,6 +391,8 @@ impl Gateway {
         if !accepted {
             // What superseded it may have found nothing in Redis and left nothing, and then this entered the empty slot after it.
             Box::pin(self.withdraw(&key, version)).await;
+        } else if recalls != parts.watches.recalls_heard() {
+            Box::pin(self.tell_once_more(&key, version, draft.kind())).await;
         }
         kill_point!(WritePending);
         Ok(Done {
@@ -434,6 +433,14 @@ impl Gateway {
                 Err(Error::new(ErrorKind::Timeout, message).unknown())
             }
         }
+    }
+}
+
+fn rests_on(held: &Held) -> Durability {
+    if held.is_journaled() {
+        Durability::Journal
+    } else {
+        Durability::Memory
     }
 }
 

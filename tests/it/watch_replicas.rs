@@ -209,7 +209,7 @@ impl Keeper {
                 self.copy
             );
             match self.watch.next().await.expect("the watch goes on") {
-                Event::Change(change) => self.take(&change.key, change.version).await,
+                Event::Change(change) => self.take(said(&change)).await,
                 Event::Rescan(rescan) => {
                     self.rescans.push((rescan.reason(), rescan.scope()));
                     self.scan().await;
@@ -221,8 +221,20 @@ impl Keeper {
     }
 
     /// Reads a key that has changed, unless more is known of it.
-    async fn take(&mut self, key: &str, version: i64) {
-        if version != 0 && self.copy.get(key).is_some_and(|(known, _)| *known >= version) {
+    async fn take(&mut self, (key, version, kind): (&str, i64, ChangeKind)) {
+        let known = self.copy.get(key).map_or(0, |(known, _)| *known);
+        if kind == ChangeKind::Invalidate {
+            if version == 0 || known <= version {
+                let read = self.client.get(key, ReadConsistency::Cached).await;
+                self.copy.remove(key);
+                if let Some(entry) = read.expect("a tier answers").entry {
+                    let found = (entry.version, Some(entry.value.to_vec()));
+                    self.copy.insert(key.to_owned(), found);
+                }
+            }
+            return;
+        }
+        if known >= version {
             return;
         }
         let read = self.client.get_at_least(key, ReadConsistency::Cached, version).await;
@@ -322,6 +334,47 @@ async fn what_is_pending_on_another_gateway_is_told_to_who_begins_to_watch() {
         }
         assert_eq!(told, pending);
     }
+}
+
+#[tokio::test]
+async fn of_much_that_is_pending_on_another_gateway_each_write_is_told_when_it_drains() {
+    let pair = pair("[namespaces.orders]\nwrite_delay = \"1h\"\n[watch]\nlog_entries_max = 400").await;
+    let [writer, reader] = [0, 1].map(|gateway: usize| &pair.gateways[gateway].client);
+    let mut pending = BTreeMap::new();
+    for number in 0..200 {
+        let key = format!("w{number}");
+        let version = writer.put(&key, b"v", Mode::Behind).await.unwrap().version;
+        pending.insert(key, version);
+    }
+    let (mut watch, _) = reader.watch("w").await;
+    let pages = reader.scan_pages(reader.scan_request("w")).await;
+    assert_eq!(pages.concat(), [], "a scan does not find it");
+    writer.await_all_persisted().await.expect("the store takes it");
+    let mut told = BTreeMap::new();
+    while told.len() < pending.len() {
+        let change = watch.change().await;
+        told.insert(change.key, change.version);
+    }
+    assert_eq!(told, pending);
+}
+
+#[tokio::test]
+async fn what_the_store_does_not_take_leaves_the_copies_of_watchers() {
+    let pair = pair("[namespaces.orders]\nwrite_delay = \"1h\"").await;
+    pair.database
+        .execute("alter table tidegate_entries add constraint no_poison check (value is distinct from 'poison'::bytea)")
+        .await;
+    let [writer, reader] = [0, 1].map(|gateway: usize| &pair.gateways[gateway].client);
+    writer.put("w", b"good", Mode::Through).await.unwrap();
+    let mut keeper = Keeper::new(reader.clone()).await;
+    let poison = writer.put("w", b"poison", Mode::Behind).await.unwrap().version;
+    let holds = |value: &'static [u8]| move |keeper: &Keeper| keeper.live().get("w") == Some(&value);
+    keeper.keep_until("what is pending is told", holds(b"poison")).await;
+    let refused = writer.await_persisted("w", poison).await;
+    refused.expect_err("the store does not take it");
+    keeper
+        .keep_until("what it is not any more is told", holds(b"good"))
+        .await;
 }
 
 #[tokio::test]

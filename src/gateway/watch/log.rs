@@ -25,7 +25,7 @@ pub(super) struct Bounds {
 }
 
 /// The keys of a namespace that begin with a prefix.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Filter {
     pub(super) namespace: String,
     pub(super) prefix: String,

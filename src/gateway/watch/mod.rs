@@ -2,7 +2,7 @@
 //!
 //! Owns the log of changes of this process, what is recorded in it, and what a watcher is told. Does not own how a message travels (`rpc::watch`), nor
 //! the channel on which other gateways tell what they wrote (`coherence` heeds it, and records it here). Limits: watchers; the entries and bytes of the
-//! log, which all of them share; the records that one watcher has looked up at a time.
+//! log, which all of them share; the records that one watcher has looked up at a time, and those that all have beyond the first of each.
 //!
 //! Invariants:
 //! - A write is recorded after it can be read here and before its caller is answered; what another gateway tells, after L1 has heeded it. So who
@@ -26,11 +26,14 @@ mod sync {
 
 pub use self::watcher::Watcher;
 
-use std::{num::NonZeroUsize, time::Duration};
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, Semaphore},
+    time::Instant,
+};
 
 use self::{
     log::{Beginning, Bounds, Filter, Log, Read},
@@ -51,6 +54,9 @@ const LOOKED_AT_MAX: usize = 256;
 
 /// How many records one watcher has looked up at a time, each of which is held until it is told.
 const LOOKUPS_MAX: usize = 8;
+
+/// How many all watchers have looked up at a time, beyond the one that each may have in any case.
+const LOOKUPS_AHEAD_MAX: usize = 64;
 
 /// How watches are bounded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,6 +235,8 @@ pub struct Watches {
     log: RwLock<Log>,
     /// Wakes those who have read everything.
     grown: Notify,
+    /// Room for what is looked up before it can be told.
+    looked_up_ahead: Arc<Semaphore>,
     recalls: Recalls,
 }
 
@@ -248,6 +256,7 @@ impl Watches {
             switch: Switch::off(),
             log: RwLock::new(Log::new(bounds)),
             grown: Notify::new(),
+            looked_up_ahead: Arc::new(Semaphore::new(LOOKUPS_AHEAD_MAX)),
             recalls: Recalls::default(),
         }
     }

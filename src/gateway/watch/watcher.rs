@@ -3,10 +3,11 @@
 //! Owns the order of what is told, and the looking up of records. Does not own the log. Invariant: a token is that of the entry which it is told with,
 //! so whoever comes back with it is told what follows, and nothing twice but what he had not handled.
 
-use std::{collections::VecDeque, future::Future, pin::Pin, pin::pin, time::Duration};
+use std::{collections::VecDeque, future::Future, pin::Pin, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use tokio::{
+    sync::OwnedSemaphorePermit,
     task::yield_now,
     time::{Instant, sleep_until},
 };
@@ -24,7 +25,7 @@ const LOOKUP_WAIT: Duration = Duration::from_secs(1);
 type Numbered = (u64, Event);
 
 /// A record on its way.
-type Lookup = Pin<Box<dyn Future<Output = Numbered> + Send>>;
+type Lookup = Pin<Box<dyn Future<Output = (Numbered, Option<OwnedSemaphorePermit>)> + Send>>;
 
 /// A watch. Dropping it ends it.
 pub struct Watcher {
@@ -37,7 +38,7 @@ pub struct Watcher {
     position: u64,
     /// What was read and is to be told next.
     ready: VecDeque<(u64, Recorded)>,
-    /// What comes before that.
+    /// What comes before that, each with the room that it takes among those of all watchers; the first of a watcher needs none.
     lookups: FuturesOrdered<Lookup>,
     told_at: Instant,
 }
@@ -82,8 +83,8 @@ impl Watcher {
         };
         // Whoever scans now would not find what is pending elsewhere; and that was told before, if at all.
         match event {
-            Event::Started { scope, resumed: false } if self.opening.is_empty() => self.recall(scope).await,
-            Event::Rescan { scope, .. } => self.recall(scope).await,
+            Event::Started { scope, resumed: false } if self.opening.is_empty() => self.recall(scope, position).await,
+            Event::Rescan { scope, .. } => self.recall(scope, position).await,
             _ => {}
         }
         let watches = &self.gateway.parts().watches;
@@ -143,24 +144,34 @@ impl Watcher {
         {
             match recorded {
                 Recorded::Change(change) if self.with_values && change.kind == ChangeKind::Put => {
+                    let ahead = &self.gateway.parts().watches.looked_up_ahead;
+                    let room = match Arc::clone(ahead).try_acquire_owned() {
+                        Ok(room) => Some(room),
+                        Err(_) if self.lookups.is_empty() => None,
+                        Err(_) => {
+                            self.ready.push_front((position, Recorded::Change(change)));
+                            break;
+                        }
+                    };
                     let gateway = self.gateway.clone();
-                    let lookup = async move { (position, looked_up(&gateway, change).await) };
+                    let lookup = async move { ((position, looked_up(&gateway, change).await), room) };
                     self.lookups.push_back(Box::pin(lookup));
                 }
                 recorded if self.lookups.is_empty() => return Some((position, told(recorded))),
                 recorded => {
                     let told = (position, told(recorded));
-                    self.lookups.push_back(Box::pin(std::future::ready(told)));
+                    self.lookups.push_back(Box::pin(std::future::ready((told, None))));
                 }
             }
         }
-        self.lookups.next().await
+        let (next, _room) = self.lookups.next().await?;
+        Some(next)
     }
 
-    /// Has other gateways tell what is pending there; it is recorded when this returns.
-    async fn recall(&mut self, scope: Scope) {
+    /// Has other gateways tell what is pending there, to be recorded behind what is told now.
+    async fn recall(&mut self, scope: Scope, position: u64) {
         if scope == Scope::AllGateways {
-            self.gateway.recall_pending(&self.filter).await;
+            self.gateway.recall_pending(&self.filter, position).await;
         }
     }
 }
