@@ -3,7 +3,7 @@
 //! Owns which numbers the page has, and how often they are read. Owns no counter: everything is what somebody else counts, since the
 //! start, and rates are the reader's to make from two readings. Keeps no history: each browser keeps its own, so that a gateway at which
 //! nobody looks does nothing for the page and holds nothing for it; what must outlast a browser's tab is for Prometheus. Invariants:
-//! however many look, the numbers are read at most once in [`EVERY`]; an answer is shorter than [`BYTES_MAX`]; no key, no value and no
+//! however many look, the numbers are read at most once a second; an answer is shorter than [`BYTES_MAX`]; no key, no value and no
 //! address is in it, and names of namespaces are the only words that callers choose.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -1,6 +1,6 @@
 //! The operations port: plain HTTP for orchestrators, Prometheus and people, on loopback unless configured.
 //!
-//! Owns `/metrics`, `/livez` and `/readyz`, and where the live page ([`page`]) and its numbers ([`figures`]) stand. Answers GET and HEAD
+//! Owns `/metrics`, `/livez` and `/readyz`, and where the live page (`page`) and its numbers (`figures`) stand. Answers GET and HEAD
 //! alone. Has no bound on connections of its own, which is a reason to keep it on loopback. Decides nothing: readiness is
 //! [`crate::health`]'s. Runs on the background runtime, never on a serving thread.
 
